@@ -1,0 +1,33 @@
+"""The contract between data and models: what one batch of each kind holds.
+
+Every batch is a pytree of arrays that the data layer makes with NumPy and a model's `loss` consumes under `jit`.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class TimeSeriesBatch:
+    """Cells of the first time, and the populations observed later.
+
+    Attributes:
+        x0: float[cells, dims], the cells that are simulated, all observed at `ts[0]`.
+        targets: float[times - 1, target_cells, dims], the population observed at each of `ts[1:]`.
+        weights: float[times - 1, target_cells], mass of each target cell; a row sums to 1, padding has mass 0 and must
+            repeat a real cell of its time (so that no bounding box or mean is moved by it).
+        self_transport: float[times - 1] or None, the entropic cost of moving each target population onto itself. It
+            does not depend on parameters: given once, it saves the largest part of a Sinkhorn loss; None computes it.
+        ts: increasing times, the first being that of `x0`. Static: the solver's grid is laid along them, so `jit`
+            compiles once per choice of times.
+    """
+
+    # Any, not jaxtyping: JAX rebuilds this class around stacked arrays, tracers and specs alike.
+    x0: Any
+    targets: Any
+    weights: Any
+    self_transport: Any = None
+    ts: tuple[float, ...] = field(metadata={"static": True})

@@ -1,0 +1,180 @@
+"""Frozen dataclasses to JSON and back, and dotted overrides; an unknown key is an error with a suggestion.
+
+A dataclass is written as a JSON object of its fields. Where a field may be one of several dataclasses, the object
+carries the class's name under "kind". Tuples become lists and come back as tuples.
+"""
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from scjax.check import suggestion
+
+__all__ = ["from_dict", "from_json", "override", "to_dict", "to_json"]
+
+T = TypeVar("T")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain dicts, lists, numbers, strings; what `json` can write."""
+    return {
+        f.name: _plain(getattr(config, f.name), _type_of(config, f.name)) for f in dataclasses.fields(config)
+    }
+
+
+def to_json(config: Any) -> str:
+    return json.dumps(to_dict(config), indent=2) + "\n"
+
+
+def from_json(cls: type[T], path: str | Path) -> T:
+    """A config from a JSON file.
+
+    Raises:
+        ValueError: no valid JSON, an unknown or missing key, a value of the wrong type; the file is named.
+    """
+    try:
+        return from_dict(cls, json.loads(Path(path).read_text()))
+    except ValueError as err:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        raise ValueError(f"{path}: {err}") from err
+
+
+def from_dict(cls: type[T], values: Mapping[str, Any], at: str = "") -> T:
+    """The dataclass `cls` with these values; `at` is the dotted place for messages.
+
+    Raises:
+        ValueError: an unknown or missing key, or a value that its field cannot hold.
+    """
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{at or cls.__name__} must be an object of fields; got {values!r}.")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
+    for key in values:
+        if key not in fields:
+            raise ValueError(
+                f"{_join(at, key)} is not a field of {cls.__name__}.{suggestion(key, fields)} "
+                f"It has: {', '.join(fields)}."
+            )
+    missing = [
+        name
+        for name, f in fields.items()
+        if name not in values and f.default is f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ValueError(f"{at or cls.__name__} lacks {', '.join(missing)}, which has no default.")
+    return cls(**{key: _typed(value, hints[key], _join(at, key)) for key, value in values.items()})
+
+
+def override(config: T, assignments: Mapping[str, Any]) -> T:
+    """`config` with dotted fields replaced: `{"model.n_heads": 4, "optimizer.learning_rate": "3e-4"}`.
+
+    A string is read as JSON where it is valid JSON, so that values may come from a command line.
+
+    Raises:
+        ValueError: no such field, or a value that it cannot hold.
+    """
+    tree = to_dict(config)
+    for dotted, value in assignments.items():
+        *parents, last = dotted.split(".")
+        node = tree
+        for depth, name in enumerate(parents):
+            node = node.get(name) if isinstance(node, dict) else None
+            if not isinstance(node, dict):
+                place = ".".join(parents[: depth + 1])
+                raise ValueError(f"{dotted}: {place} has no fields.{suggestion(name, tree)}")
+        if "kind" in node and last == "kind":
+            node.clear()  # the fields of another class do not carry over
+        node[last] = _from_text(value) if isinstance(value, str) else value
+    return from_dict(type(config), tree)
+
+
+def _from_text(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _join(at: str, key: str) -> str:
+    return f"{at}.{key}" if at else key
+
+
+def _type_of(config: Any, name: str) -> Any:
+    return typing.get_type_hints(type(config))[name]
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
+def _is_tagged(hint: Any) -> bool:
+    return sum(dataclasses.is_dataclass(a) for a in _alternatives(hint)) > 1
+
+
+def _plain(value: Any, hint: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        tag = {"kind": type(value).__name__} if _is_tagged(hint) else {}
+        return tag | to_dict(value)
+    if isinstance(value, tuple | list):
+        return [_plain(v, None) for v in value]
+    if isinstance(value, Path):
+        return str(value)
+    return value
+
+
+def _typed(value: Any, hint: Any, at: str) -> Any:
+    alternatives = _alternatives(hint)
+    if len(alternatives) > 1:
+        return _typed_union(value, alternatives, at)
+    origin = typing.get_origin(hint)
+    if dataclasses.is_dataclass(hint):
+        return value if isinstance(value, hint) else from_dict(hint, value, at)
+    if origin is typing.Literal:
+        if value not in typing.get_args(hint):
+            options = typing.get_args(hint)
+            raise ValueError(
+                f"{at} must be one of {', '.join(map(repr, options))}; got {value!r}.{suggestion(value, options)}"
+            )
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{at} must be a list; got {value!r}.")
+        inner = typing.get_args(hint)
+        kinds = [inner[0]] * len(value) if len(inner) == 2 and inner[1] is Ellipsis else list(inner)
+        if len(kinds) != len(value):
+            raise ValueError(f"{at} must hold {len(kinds)} values; got {value!r}.")
+        return tuple(_typed(v, k, f"{at}[{i}]") for i, (v, k) in enumerate(zip(value, kinds, strict=True)))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if hint in (int, float, str, bool):
+        if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+            raise ValueError(f"{at} must be {hint.__name__}; got {value!r}.")
+        return value
+    return value
+
+
+def _typed_union(value: Any, alternatives: tuple[Any, ...], at: str) -> Any:
+    if value is None and type(None) in alternatives:
+        return None
+    classes = {a.__name__: a for a in alternatives if dataclasses.is_dataclass(a)}
+    if isinstance(value, Mapping) and len(classes) > 1:
+        kind = value.get("kind")
+        if kind not in classes:
+            raise ValueError(
+                f"{at}.kind must be one of {', '.join(map(repr, classes))}; got {kind!r}.{suggestion(kind, classes)}"
+            )
+        return from_dict(classes[kind], {k: v for k, v in value.items() if k != "kind"}, at)
+    errors = []
+    for alternative in alternatives:
+        if alternative is type(None):
+            continue
+        try:
+            return _typed(value, alternative, at)
+        except ValueError as err:
+            errors.append(str(err))
+    raise ValueError(" Or: ".join(errors))
