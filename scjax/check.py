@@ -69,9 +69,7 @@ def increasing(name: str, values: Iterable[float]) -> tuple[float, ...]:
     for before, after in zip(values, values[1:], strict=False):
         if not after > before:
             what = "repeated" if after == before else "unsorted"
-            raise ValueError(
-                f"{name} must increase strictly; {after} after {before} is {what}. Got {values}."
-            )
+            raise ValueError(f"{name} must increase strictly; {after} after {before} is {what}. Got {values}.")
     if not all(map(math.isfinite, values)):
         raise ValueError(f"{name} must be finite; got {values}.")
     return values

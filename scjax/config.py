@@ -21,9 +21,7 @@ T = TypeVar("T")
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Plain dicts, lists, numbers, strings; what `json` can write."""
-    return {
-        f.name: _plain(getattr(config, f.name), _type_of(config, f.name)) for f in dataclasses.fields(config)
-    }
+    return {f.name: _plain(getattr(config, f.name), _type_of(config, f.name)) for f in dataclasses.fields(config)}
 
 
 def to_json(config: Any) -> str:
