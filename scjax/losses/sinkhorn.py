@@ -1,0 +1,265 @@
+r"""Entropic optimal transport between populations: converged on ott-jax, and annealed as geomloss runs it.
+
+One convention throughout, geomloss's: the cost of moving a cell is |x - y|^2 / 2, the temperature is blur^2, and
+OT(a, b) = min_pi <pi, cost> + blur^2 KL(pi | a x b). The divergence is OT(a, b) - OT(a, a)/2 - OT(b, b)/2; it tends to
+W2^2 / 2 as blur goes to 0. ott-jax's cost has no 1/2, so its epsilon is 2 blur^2 and its values are halved.
+
+Weights default to uniform. A cell of weight 0 is padding: it must repeat a real cell, and then changes nothing.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from scjax.check import at_least, positive, probability
+from scjax.kernels import squared_distances
+
+
+class SinkhornSolution(NamedTuple):
+    """A converged divergence and how it was reached."""
+
+    divergence: Float[Array, ""]
+    converged: Bool[Array, ""]  # all of its transport problems met the threshold
+    n_iterations: Int[Array, ""]  # of the slowest of them
+
+
+def sinkhorn_divergence(
+    x: Float[Array, "n dims"],
+    y: Float[Array, "m dims"],
+    *,
+    blur: float,
+    a: Float[Array, " n"] | None = None,
+    b: Float[Array, " m"] | None = None,
+    threshold: float = 1e-3,
+    max_iterations: int = 20_000,
+) -> Float[Array, ""]:
+    """Converged Sinkhorn divergence (see the head of this module for its unit), by ott-jax.
+
+    Args:
+        x, y: cells of the two populations, in one unit.
+        blur: root of the temperature, in the unit of x. A small blur on wide clouds takes many iterations.
+        a, b: masses of the cells, each summing to 1.
+        threshold: the largest total error of a marginal at which the iteration stops.
+        max_iterations: the iteration ends here; `solve_sinkhorn` tells whether that was too early.
+
+    Raises:
+        ValueError: blur, threshold or max_iterations not positive.
+    """
+    return solve_sinkhorn(x, y, blur=blur, a=a, b=b, threshold=threshold, max_iterations=max_iterations).divergence
+
+
+def solve_sinkhorn(
+    x: Float[Array, "n dims"],
+    y: Float[Array, "m dims"],
+    *,
+    blur: float,
+    a: Float[Array, " n"] | None = None,
+    b: Float[Array, " m"] | None = None,
+    threshold: float = 1e-3,
+    max_iterations: int = 20_000,
+) -> SinkhornSolution:
+    """`sinkhorn_divergence` with its convergence; the arguments are the same."""
+    from ott.geometry import costs, pointcloud
+    from ott.tools import sinkhorn_divergence as ott_divergence
+
+    _check(blur, threshold, max_iterations)
+    x, y = _centred(x, y)
+    # ott's kernel mode underflows without a word and its batch_size is broken on new JAX: dense, in log space.
+    with jax.numpy_rank_promotion("allow"), jax.default_matmul_precision("highest"):
+        divergence, out = ott_divergence.sinkhorn_divergence(
+            pointcloud.PointCloud,
+            x,
+            y,
+            a=_uniform(x) if a is None else a,
+            b=_uniform(y) if b is None else b,
+            cost_fn=costs.SqEuclidean(),
+            epsilon=2 * blur**2,
+            solve_kwargs={"threshold": threshold, "max_iterations": max_iterations},
+        )
+    return SinkhornSolution(
+        divergence=divergence / 2,
+        converged=jnp.all(jnp.stack([jnp.asarray(c) for c in out.converged])),
+        n_iterations=jnp.max(jnp.stack([jnp.asarray(n) for n in out.n_iters])),
+    )
+
+
+def sinkhorn_plan(
+    x: Float[Array, "n dims"],
+    y: Float[Array, "m dims"],
+    *,
+    blur: float,
+    a: Float[Array, " n"] | None = None,
+    b: Float[Array, " m"] | None = None,
+    threshold: float = 1e-3,
+    max_iterations: int = 20_000,
+) -> Float[Array, "n m"]:
+    """The entropic coupling of the two populations: mass moved from x_i to y_j; rows sum to a, columns to b."""
+    from ott.geometry import costs, pointcloud
+    from ott.solvers import linear
+
+    _check(blur, threshold, max_iterations)
+    x, y = _centred(x, y)
+    with jax.numpy_rank_promotion("allow"), jax.default_matmul_precision("highest"):
+        geometry = pointcloud.PointCloud(x, y, cost_fn=costs.SqEuclidean(), epsilon=2 * blur**2)
+        return linear.solve(geometry, a=a, b=b, threshold=threshold, max_iterations=max_iterations).matrix
+
+
+def annealed_sinkhorn_divergence(
+    x: Float[Array, "n dims"],
+    y: Float[Array, "m dims"],
+    *,
+    blur: float,
+    scaling: float = 0.7,
+    a: Float[Array, " n"] | None = None,
+    b: Float[Array, " m"] | None = None,
+    self_transport_x: Float[Array, ""] | None = None,
+) -> Float[Array, ""]:
+    r"""Debiased Sinkhorn divergence by one averaged update per temperature, as geomloss computes it.
+
+    The temperatures fall from the squared diameter D^2 of the joint bounding box to blur^2 by the factor scaling^2.
+    It is fast and *not converged*: at scaling 0.7 ordinary clouds come out 1 to 3 % low, clouds of two clusters whose
+    masses differ 10 to 50 % low. Where that matters use scaling 0.99 or `sinkhorn_divergence`.
+
+    The gradient is geomloss's too: through the last update alone, with its duals and the points summed over held
+    fixed. At convergence that is the gradient of the divergence; before it, it is not the gradient of this number.
+
+    Args:
+        x, y: cells of the two populations, in one unit.
+        blur: root of the last temperature, in the unit of x.
+        scaling: in (0, 1); nearer 1 means more temperatures, ceil(ln(D / blur) / -ln scaling) + 2 in all.
+        a, b: masses of the cells, each summing to 1.
+        self_transport_x: OT(a, a)/2 from `self_transport`, where x does not change from call to call. It has no
+            gradient in y, and is most of the work when x is the larger cloud. Its temperatures then start at the
+            diameter of x, not of both clouds, which moves the value in the fourth digit.
+
+    Raises:
+        ValueError: blur not positive, scaling not in (0, 1).
+
+    Reference: Feydy, PhD thesis (2020), algorithm 3.5.
+    """
+    _check_annealing(blur, scaling)
+    x, y = _centred(x, y)
+    log_a, log_b = _log_weights(x, a), _log_weights(y, b)
+    diameter = _diameter(jnp.concatenate([x, y]))
+    frozen_x, frozen_y = jax.lax.stop_gradient((x, y))
+    cost = squared_distances(frozen_x, frozen_y) / 2
+
+    def update(eps: Array, duals: tuple[Array, Array]) -> tuple[Array, Array]:
+        f, g = duals
+        return _softmin(eps, cost, log_b + g / eps, axis=1), _softmin(eps, cost, log_a + f / eps, axis=0)
+
+    f, g = _anneal(update, (jnp.zeros_like(log_a), jnp.zeros_like(log_b)), diameter, blur, scaling)
+    eps = blur**2
+    f, g = (
+        _softmin(eps, squared_distances(x, frozen_y) / 2, log_b + g / eps, axis=1),
+        _softmin(eps, squared_distances(frozen_x, y) / 2, log_a + f / eps, axis=0),
+    )
+    own_x = _self_transport(x, log_a, diameter, blur, scaling) if self_transport_x is None else self_transport_x
+    own_y = _self_transport(y, log_b, diameter, blur, scaling)
+    return jnp.exp(log_a) @ f + jnp.exp(log_b) @ g - own_x - own_y
+
+
+def self_transport(
+    x: Float[Array, "n dims"],
+    *,
+    blur: float,
+    scaling: float = 0.7,
+    a: Float[Array, " n"] | None = None,
+) -> Float[Array, ""]:
+    """OT(a, a)/2 by the annealed updates, for `annealed_sinkhorn_divergence(..., self_transport_x=...)`.
+
+    It differs from zero by the entropy of the blurred plan: it is what debiasing subtracts.
+
+    Raises:
+        ValueError: blur not positive, scaling not in (0, 1).
+    """
+    _check_annealing(blur, scaling)
+    (x,) = _centred(x)
+    return _self_transport(x, _log_weights(x, a), _diameter(x), blur, scaling)
+
+
+def _self_transport(
+    x: Float[Array, "n dims"],
+    log_a: Float[Array, " n"],
+    diameter: Float[Array, ""],
+    blur: float,
+    scaling: float,
+) -> Float[Array, ""]:
+    frozen = jax.lax.stop_gradient(x)
+    cost = squared_distances(frozen, frozen) / 2
+
+    def update(eps: Array, duals: tuple[Array]) -> tuple[Array]:
+        return (_softmin(eps, cost, log_a + duals[0] / eps, axis=1),)
+
+    (p,) = _anneal(update, (jnp.zeros_like(log_a),), diameter, blur, scaling)
+    eps = blur**2
+    return jnp.exp(log_a) @ _softmin(eps, squared_distances(x, frozen) / 2, log_a + p / eps, axis=1)
+
+
+def _softmin(
+    eps: Float[Array, ""] | float, cost: Float[Array, "n m"], h: Float[Array, " k"], axis: int
+) -> Float[Array, " l"]:
+    """-eps log sum exp(h - cost / eps) over one axis of the cost, h lying along that axis."""
+    return -eps * jax.nn.logsumexp(jnp.expand_dims(h, 1 - axis) - cost / eps, axis=axis)
+
+
+def _anneal(
+    update: Callable[[Array, tuple[Array, ...]], tuple[Array, ...]],
+    zeros: tuple[Array, ...],
+    diameter: Float[Array, ""],
+    blur: float,
+    scaling: float,
+) -> tuple[Array, ...]:
+    """Duals after one averaged update at each temperature; they carry no gradient.
+
+    The temperatures are D^2, then D^2 scaling^(2k) for k = 0, 1, ... while above blur^2, then blur^2 (so D^2 stands
+    twice). An update of zero duals gives the first ones.
+    """
+    step = 2 * math.log(scaling)
+    start, stop = 2 * jnp.log(diameter), 2 * math.log(blur)
+    n_falling = jnp.maximum(jnp.ceil((stop - start) / step), 0).astype(jnp.int32)
+
+    def temperature(i: Int[Array, ""]) -> Float[Array, ""]:
+        falling = jnp.exp(start + (i - 1) * step)
+        return jnp.where(i == 0, diameter**2, jnp.where(i <= n_falling, falling, blur**2))
+
+    def body(i: Int[Array, ""], duals: tuple[Array, ...]) -> tuple[Array, ...]:
+        return jax.tree.map(lambda old, new: (old + new) / 2, duals, update(temperature(i), duals))
+
+    return jax.lax.fori_loop(0, n_falling + 2, body, update(diameter**2, zeros))
+
+
+def _centred(*clouds: Float[Array, "_ dims"]) -> tuple[Float[Array, "_ dims"], ...]:
+    """The clouds moved together to about the origin, where float32 squares lose least."""
+    centre = jax.lax.stop_gradient(sum(cloud.mean(0, keepdims=True) for cloud in clouds) / len(clouds))
+    return tuple(cloud - centre for cloud in clouds)
+
+
+def _diameter(x: Float[Array, "n dims"]) -> Float[Array, ""]:
+    """Diagonal of the bounding box; never quite zero, so that equal cells have a temperature."""
+    diagonal = jnp.linalg.norm(jax.lax.stop_gradient(x.max(0) - x.min(0)))
+    return jnp.maximum(diagonal, jnp.finfo(x.dtype).tiny ** 0.25)
+
+
+def _uniform(x: Float[Array, "n dims"]) -> Float[Array, " n"]:
+    return jnp.full(x.shape[0], 1 / x.shape[0], x.dtype)
+
+
+def _log_weights(x: Float[Array, "n dims"], weights: Float[Array, " n"] | None) -> Float[Array, " n"]:
+    return jnp.log(_uniform(x) if weights is None else weights)
+
+
+def _check(blur: float, threshold: float, max_iterations: int) -> None:
+    positive("blur", blur)
+    positive("threshold", threshold)
+    at_least("max_iterations", max_iterations, 1)
+
+
+def _check_annealing(blur: float, scaling: float) -> None:
+    positive("blur", blur)
+    positive("scaling", scaling)
+    probability("scaling", scaling)
