@@ -1,0 +1,122 @@
+"""scIMF state dicts of the PyTorch reference -> parameters and config of `models.scimf`.
+
+| state dict                                            | scjax                                             |
+|-------------------------------------------------------|---------------------------------------------------|
+| drift_intra.net.net.linear1, linear2, ..., linear      | drift / intrinsic / hidden_0, hidden_1, ..., output |
+| drift_inter.trm_inter.<l>.norm1, Vnet, norm2           | drift / interaction_<l> / norm_query_key, norm_value, norm_feedforward |
+| drift_inter.trm_inter.<l>.attn.q_proj, k_proj, v_proj  | drift / interaction_<l> / query, key, value       |
+| drift_inter.trm_inter.<l>.fc1, fc2                     | drift / interaction_<l> / feedforward / hidden_0, output |
+| diffusion.sigma (buffer or parameter)                  | config.sigma, or diffusion / sigma                |
+| diffusion.sigma._model.0, 2, ...                       | diffusion / mlp / hidden_0, hidden_1, ..., output |
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from scjax.models.scimf import Config
+from scjax.types import Params
+
+__all__ = ["config_from_torch", "params_from_torch"]
+
+
+def config_from_torch(state: Mapping[str, np.ndarray], **known: Any) -> Config:
+    """The config that a state dict's shapes tell.
+
+    Args:
+        state: arrays by their state-dict names.
+        known: what shapes do not tell: n_heads, dt, dropout, and diffusion="learned" where diffusion.sigma is a
+            trained vector (as a tensor it looks like the constant).
+
+    Raises:
+        ValueError: no scIMF state dict.
+    """
+    hidden = _numbered(state, r"drift_intra\.net\.net\.linear(\d+)\.weight")
+    output = state.get("drift_intra.net.net.linear.weight")
+    if not hidden or output is None:
+        raise ValueError(
+            "the state dict is not one of scIMF: it lacks drift_intra.net.net.linear1.weight or "
+            f"drift_intra.net.net.linear.weight. It has: {', '.join(sorted(state)) or 'nothing'}."
+        )
+    found: dict[str, Any] = {
+        "n_dims": int(output.shape[0]),
+        "intrinsic_widths": tuple(int(state[f"drift_intra.net.net.linear{i}.weight"].shape[0]) for i in hidden),
+        "n_blocks": len(_numbered(state, r"drift_inter\.trm_inter\.(\d+)\.fc1\.weight")),
+    }
+    layers = _numbered(state, r"diffusion\.sigma\._model\.(\d+)\.weight")
+    if layers:
+        widths = [int(state[f"diffusion.sigma._model.{i}.weight"].shape[0]) for i in layers]
+        found |= {"diffusion": "mlp", "diffusion_widths": tuple(widths[:-1])}
+    elif known.get("diffusion", "constant") == "constant" and "diffusion.sigma" in state:
+        values = np.unique(state["diffusion.sigma"])
+        if len(values) != 1:
+            raise ValueError(
+                f"diffusion.sigma holds {len(values)} different values, so it is a trained vector: "
+                'pass diffusion="learned".'
+            )
+        found["sigma"] = float(values[0])
+    return Config(**(found | known))
+
+
+def params_from_torch(state: Mapping[str, np.ndarray], config: Config) -> Params:
+    """Parameters of `models.scimf`, all or nothing; dtypes are kept.
+
+    Raises:
+        ValueError: tensors missing, left over or of another shape than the config asks for; all of them are listed.
+    """
+    left, misfits = dict(state), []
+
+    def take(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        if name not in left:
+            misfits.append(f"{name} is missing; wanted the shape {shape}")
+            return np.zeros(shape, np.float32)
+        value = np.asarray(left.pop(name))
+        if value.shape != shape:
+            misfits.append(f"{name} has the shape {value.shape}; wanted {shape}")
+        return value
+
+    def linear(name: str, n_in: int, n_out: int, bias: bool = True) -> Params:
+        kernel = {"kernel": take(f"{name}.weight", (n_out, n_in)).T}
+        return kernel | ({"bias": take(f"{name}.bias", (n_out,))} if bias else {})
+
+    def norm(name: str) -> Params:
+        return {"scale": take(f"{name}.weight", (d,)), "bias": take(f"{name}.bias", (d,))}
+
+    def mlp(names: list[str], widths: tuple[int, ...]) -> Params:
+        sizes = (d, *widths, d)
+        layers = [linear(n, i, o) for n, i, o in zip(names, sizes, sizes[1:], strict=False)]
+        return {f"hidden_{i}": layer for i, layer in enumerate(layers[:-1])} | {"output": layers[-1]}
+
+    d = config.n_dims
+    intra = [f"drift_intra.net.net.linear{i + 1}" for i in range(len(config.intrinsic_widths))]
+    drift: Params = {"intrinsic": mlp([*intra, "drift_intra.net.net.linear"], config.intrinsic_widths)}
+    for block in range(config.n_blocks):
+        at = f"drift_inter.trm_inter.{block}"
+        drift[f"interaction_{block}"] = {
+            "norm_query_key": norm(f"{at}.norm1"),
+            "norm_value": norm(f"{at}.Vnet"),
+            "norm_feedforward": norm(f"{at}.norm2"),
+            "query": linear(f"{at}.attn.q_proj", d, d, bias=False),
+            "key": linear(f"{at}.attn.k_proj", d, d, bias=False),
+            "value": linear(f"{at}.attn.v_proj", d, d, bias=False),
+            "feedforward": mlp([f"{at}.fc1", f"{at}.fc2"], (4 * d,)),
+        }
+    params: Params = {"drift": drift}
+    if config.diffusion == "mlp":
+        names = [f"diffusion.sigma._model.{2 * i}" for i in range(len(config.diffusion_widths) + 1)]
+        params["diffusion"] = {"mlp": mlp(names, config.diffusion_widths)}
+    elif config.diffusion == "learned":
+        params["diffusion"] = {"sigma": take("diffusion.sigma", (1, d))[0]}
+    elif "diffusion.sigma" in left and not np.allclose(left["diffusion.sigma"], config.sigma):
+        misfits.append(f"diffusion.sigma is not the constant config.sigma={config.sigma}")
+    left.pop("diffusion.sigma", None)
+    misfits += [f"{name} {value.shape} has no place in this config" for name, value in left.items()]
+    if misfits:
+        raise ValueError("the state dict does not fit the config:\n  " + "\n  ".join(misfits))
+    return params
+
+
+def _numbered(state: Mapping[str, np.ndarray], pattern: str) -> list[int]:
+    return sorted(int(m.group(1)) for name in state if (m := re.fullmatch(pattern, name)))
