@@ -1,0 +1,333 @@
+"""Expression to the space of a model and back: statistics of training cells only, and the affine map they define."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from scjax.check import at_least, finite, one_of, positive
+from scjax.config import from_dict, to_dict
+from scjax.data.spec import Space
+
+__all__ = ["Preprocess", "Transform", "fit", "most_variable", "preprocess_for"]
+
+_CHUNK = 4096  # cells that are normalised together
+_FULL_SVD = 3000  # the smaller side up to which an exact decomposition of all components is quick
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocess:
+    """The steps, in their order. The defaults are scIMF's for counts; `preprocess_for` has them for each space.
+
+    Attributes:
+        library_size: whose counts make a cell's total, brought to `target_sum`: "all_genes" of the data;
+            "selected_genes", the `n_top_genes` kept, as scIMF does it, where totals do not tell the depth of a cell; None
+            leaves the counts as they are.
+        target_sum: counts per cell after that.
+        log1p: natural log(1 + x).
+        n_top_genes: keep the genes of highest normalised dispersion (`most_variable`); None keeps all.
+        scale: divide each gene by its population standard deviation, after centring.
+        n_components: of a principal component analysis, centred and not whitened; None keeps genes.
+    """
+
+    library_size: Literal["all_genes", "selected_genes"] | None = "all_genes"
+    target_sum: float = 1e4
+    log1p: bool = True
+    n_top_genes: int | None = None
+    scale: bool = True
+    n_components: int | None = 50
+
+    def __post_init__(self):
+        one_of("library_size", self.library_size, ("all_genes", "selected_genes", None))
+        positive("target_sum", self.target_sum)
+        if self.n_top_genes is not None:
+            at_least("n_top_genes", self.n_top_genes, 1)
+        if self.n_components is not None:
+            at_least("n_components", self.n_components, 1)
+
+
+def preprocess_for(space: Space, n_components: int | None = 50) -> Preprocess:
+    """The usual steps: all of scIMF's for counts, scaling and PCA for log-normalised genes, none for a latent."""
+    if space == "counts":
+        return Preprocess(n_components=n_components)
+    if space == "lognormalised":
+        return Preprocess(library_size=None, log1p=False, n_components=n_components)
+    return Preprocess(library_size=None, log1p=False, scale=False, n_components=None)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Transform:
+    """Fitted steps: z = W (n(x) - mean) / std with n the normalisation; its statistics are float64.
+
+    Attributes:
+        preprocess, space: what was asked for.
+        input_names: the genes that `apply` needs: all that make the totals, or the kept ones.
+        feature_names: the kept genes, in the order of `mean`, `std` and the columns of `components`.
+        mean, std: float64[genes]; 0 and 1 where nothing is centred or scaled. A constant gene has std 1.
+        components: float64[dims, genes] or None; orthonormal rows, the largest loading of each is positive.
+        explained_variance: float64[dims] or None; of the training cells, denominator n - 1.
+    """
+
+    preprocess: Preprocess
+    space: Space
+    input_names: tuple[str, ...]
+    feature_names: tuple[str, ...]
+    mean: Float[np.ndarray, " genes"]
+    std: Float[np.ndarray, " genes"]
+    components: Float[np.ndarray, "dims genes"] | None = None
+    explained_variance: Float[np.ndarray, " dims"] | None = None
+
+    @property
+    def n_dims(self) -> int:
+        return len(self.feature_names) if self.components is None else len(self.components)
+
+    def normalise(self, x: Any, feature_names: Sequence[str]) -> Float[np.ndarray, "n genes"]:
+        """The kept genes after library size and log1p, before scaling, in float64. `x` as for `apply`."""
+        return np.concatenate([part for _, part in self._normalised(x, feature_names)])
+
+    def apply(self, x: Any, feature_names: Sequence[str], dtype: Any = np.float32) -> Float[np.ndarray, "n dims"]:
+        """Cells in the model's space; computed in float64, given as `dtype`.
+
+        `x`, an array or a SciPy sparse matrix cells x features, is aligned by name: another order of the genes is the
+        same, genes that the fit did not use are ignored.
+
+        Raises:
+            ValueError: a gene is missing, occurs twice, or the width of `x` is not the number of names; no cells.
+        """
+        out = np.empty((x.shape[0], self.n_dims), dtype)
+        for rows, part in self._normalised(x, feature_names):
+            z = (part - self.mean) / self.std
+            out[rows] = z if self.components is None else z @ self.components.T
+        return out
+
+    def inverse(self, z: Float[np.ndarray, "*n dims"], dtype: Any = np.float32) -> Float[np.ndarray, "*n genes"]:
+        """Normalised expression (log-normalised where the input was logged) of the kept genes.
+
+        Exact without a PCA; with one, the nearest expression in the span of the components, which may be slightly
+        negative. Library sizes are gone: there is no way back to counts.
+        """
+        return (self._unscaled(z) + self.mean).astype(dtype)
+
+    def inverse_velocity(
+        self, v: Float[np.ndarray, "*n dims"], dtype: Any = np.float32
+    ) -> Float[np.ndarray, "*n genes"]:
+        """Change of expression that belongs to a change `v` in the model's space: the linear part of `inverse`."""
+        return self._unscaled(v).astype(dtype)
+
+    def to_tree(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """The arrays, and the rest as what JSON can hold. `from_tree` gives the same Transform, bit for bit."""
+        arrays = {name: getattr(self, name) for name in ("mean", "std", "components", "explained_variance")}
+        rest = {
+            "preprocess": to_dict(self.preprocess),
+            "space": self.space,
+            "input_names": list(self.input_names),
+            "feature_names": list(self.feature_names),
+        }
+        return {name: a for name, a in arrays.items() if a is not None}, rest
+
+    @classmethod
+    def from_tree(cls, arrays: Mapping[str, Any], rest: Mapping[str, Any]) -> "Transform":
+        return cls(
+            preprocess=from_dict(Preprocess, rest["preprocess"]),
+            space=rest["space"],
+            input_names=tuple(rest["input_names"]),
+            feature_names=tuple(rest["feature_names"]),
+            **{name: np.asarray(a, np.float64) for name, a in arrays.items()},
+        )
+
+    def _unscaled(self, z: np.ndarray) -> np.ndarray:
+        z = np.asarray(z, np.float64)
+        if z.ndim == 0 or z.shape[-1] != self.n_dims:
+            raise ValueError(f"The last axis must have this Transform's {self.n_dims} dims; got shape {z.shape}.")
+        return (z if self.components is None else z @ self.components) * self.std
+
+    def _normalised(self, x: Any, feature_names: Sequence[str]) -> Iterator[tuple[slice, np.ndarray]]:
+        columns = _columns(self.input_names, _names(x, feature_names))
+        position = {name: i for i, name in enumerate(self.input_names)}
+        kept = np.array([position[name] for name in self.feature_names])
+        for rows, part in _chunks(x):
+            yield rows, _normalise(part[:, columns], kept, self.preprocess)
+
+
+def fit(preprocess: Preprocess, x_train: Any, feature_names: Sequence[str], space: Space) -> Transform:
+    """The Transform of these training cells, and of no others.
+
+    Args:
+        x_train: cells x features, an array or a SciPy sparse matrix, in `space`.
+
+    Raises:
+        ValueError: steps that do not suit the space, names that repeat or do not match the width, more genes or
+            components than there are, fewer than two cells.
+    """
+    _check_steps(preprocess, space)
+    names = _names(x_train, feature_names)
+    at_least("the number of training cells", x_train.shape[0], 2)
+    finite("x_train", np.asarray(x_train.data if hasattr(x_train, "indptr") else x_train))
+
+    n_top = preprocess.n_top_genes
+    if n_top is None:
+        kept = np.arange(len(names))
+    else:
+        if n_top > len(names):
+            raise ValueError(f"n_top_genes must be at most the {len(names)} genes of the data; got {n_top}.")
+        kept = _select(preprocess, x_train, space)
+    input_names = names if preprocess.library_size == "all_genes" else tuple(names[i] for i in kept)
+    identity = Transform(
+        preprocess=preprocess,
+        space=space,
+        input_names=input_names,
+        feature_names=tuple(names[i] for i in kept),
+        mean=np.zeros(len(kept)),
+        std=np.ones(len(kept)),
+    )
+    if not preprocess.scale and preprocess.n_components is None:
+        return identity
+    return _fit_affine(identity, identity.normalise(x_train, names))
+
+
+def most_variable(
+    mean: Float[np.ndarray, " genes"], variance: Float[np.ndarray, " genes"], n_top: int, n_bins: int = 20
+) -> Int[np.ndarray, " n_top"]:
+    """Indices, increasing, of the genes that vary most for their level: the "seurat" flavour of scanpy.
+
+    The log of the dispersion variance / mean is standardised among the genes of the same bin; bins are equally wide in
+    log(1 + mean). A gene alone in its bin scores 1. A gene that does not vary comes last; ties go to the first gene.
+    `mean` and `variance` (denominator n - 1) are of normalised counts, not of their logarithms.
+
+    Reference: Satija et al., Nat Biotechnol 33 (2015); scanpy, `highly_variable_genes`.
+    """
+    mean = np.where(mean == 0, 1e-12, mean)
+    dispersion = np.full_like(mean, np.nan)
+    np.log(variance / mean, out=dispersion, where=variance > 0)
+    level = np.log1p(mean)
+    edges = np.linspace(level.min(), level.max(), n_bins + 1)
+    bins = np.clip(np.searchsorted(edges, level, side="left"), 1, n_bins)  # (low, high], the lowest gene in the first
+    score = np.full_like(mean, -np.inf)
+    for b in np.unique(bins):
+        here = (bins == b) & ~np.isnan(dispersion)
+        if here.sum() == 1:
+            score[here] = 1.0
+        elif here.any():
+            spread = dispersion[here].std(ddof=1)
+            centred = dispersion[here] - dispersion[here].mean()
+            score[here] = np.divide(centred, spread, out=np.full_like(centred, -np.inf), where=spread > 0)
+    score = np.round(score, 9)  # two genes in a bin score +-0.707...: a tie that the last digit must not decide
+    return np.sort(np.argsort(-score, kind="stable")[:n_top])
+
+
+def _check_steps(preprocess: Preprocess, space: Space) -> None:
+    one_of("space", space, ("counts", "lognormalised", "latent"))
+    if space == "counts":
+        return
+    wrong = {"library_size": preprocess.library_size is not None, "log1p": preprocess.log1p}
+    if space == "latent":
+        wrong["n_top_genes"] = preprocess.n_top_genes is not None
+    if any(wrong.values()):
+        given = ", ".join(f"{name}={getattr(preprocess, name)!r}" for name, bad in wrong.items() if bad)
+        mend = ", ".join(f"{name}={'False' if name == 'log1p' else 'None'}" for name, bad in wrong.items() if bad)
+        raise ValueError(f"Preprocess has {given}, which is for counts; for space={space!r} set {mend}.")
+
+
+def _select(preprocess: Preprocess, x_train: Any, space: Space) -> np.ndarray:
+    """The most variable genes, with totals over all genes."""
+    shift, n = None, x_train.shape[0]
+    total = square = 0.0
+    for _, part in _chunks(x_train):  # sums of shifted values, which lose no digits to a large mean
+        if space == "lognormalised":
+            values = np.expm1(part)
+        else:
+            values = part if preprocess.library_size is None else _to_total(part, preprocess.target_sum)
+        shift = values.mean(axis=0) if shift is None else shift
+        total = total + (values - shift).sum(axis=0)
+        square = square + ((values - shift) ** 2).sum(axis=0)
+    variance = np.maximum(square - total**2 / n, 0.0) / (n - 1)
+    return most_variable(shift + total / n, variance, preprocess.n_top_genes)
+
+
+def _fit_affine(identity: Transform, x: np.ndarray) -> Transform:
+    preprocess = identity.preprocess
+    mean, std = x.mean(axis=0), np.ones(x.shape[1])
+    if preprocess.scale:
+        std = x.std(axis=0)
+        std = np.where(std <= 10 * np.finfo(np.float64).eps * np.abs(mean), 1.0, std)
+    components = explained_variance = None
+    if preprocess.n_components is not None:
+        components, explained_variance = _principal_components((x - mean) / std, preprocess.n_components)
+    return Transform(
+        preprocess=preprocess,
+        space=identity.space,
+        input_names=identity.input_names,
+        feature_names=identity.feature_names,
+        mean=mean,
+        std=std,
+        components=components,
+        explained_variance=explained_variance,
+    )
+
+
+def _principal_components(z: np.ndarray, n_components: int) -> tuple[np.ndarray, np.ndarray]:
+    from sklearn.decomposition import PCA
+
+    smaller = min(z.shape)
+    if n_components > smaller:
+        raise ValueError(
+            f"n_components must be at most {smaller}, the smaller of {z.shape[0]} training cells and {z.shape[1]} "
+            f"genes; got {n_components}."
+        )
+    solver = "full" if smaller <= _FULL_SVD or n_components == smaller else "arpack"
+    pca = PCA(n_components, svd_solver=solver, random_state=0).fit(z)
+    strongest = np.take_along_axis(pca.components_, np.abs(pca.components_).argmax(axis=1)[:, None], axis=1)
+    return pca.components_ * np.where(strongest < 0, -1.0, 1.0), pca.explained_variance_
+
+
+def _normalise(part: np.ndarray, kept: np.ndarray, preprocess: Preprocess) -> np.ndarray:
+    """`part` holds the input genes, `kept` says which of them stay."""
+    if (
+        preprocess.library_size is not None
+    ):  # the totals: of all input genes, which are the kept ones for selected_genes
+        part = _to_total(part, preprocess.target_sum)
+    part = part[:, kept]
+    return np.log1p(part) if preprocess.log1p else part
+
+
+def _to_total(part: np.ndarray, target_sum: float) -> np.ndarray:
+    totals = part.sum(axis=1, keepdims=True)
+    return part * np.divide(
+        target_sum, totals, out=np.zeros_like(totals), where=totals > 0
+    )  # an empty cell stays empty
+
+
+def _chunks(x: Any) -> Iterator[tuple[slice, np.ndarray]]:
+    """Dense float64 rows, some at a time."""
+    from scipy import sparse
+
+    x = x.tocsr() if sparse.issparse(x) else np.asarray(x)
+    for start in range(0, x.shape[0], _CHUNK):
+        rows = slice(start, min(start + _CHUNK, x.shape[0]))
+        part = x[rows]
+        yield rows, np.asarray(part.toarray() if sparse.issparse(part) else part, np.float64)
+
+
+def _names(x: Any, feature_names: Sequence[str]) -> tuple[str, ...]:
+    names = tuple(map(str, feature_names))
+    if x.shape[0] == 0 or len(x.shape) != 2 or x.shape[1] != len(names):
+        raise ValueError(
+            f"x must be cells x features, with one of the {len(names)} names a column; its shape is {x.shape}."
+        )
+    if len(set(names)) != len(names):
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"feature_names must be unique; {repeated!r} occurs {names.count(repeated)} times.")
+    return names
+
+
+def _columns(wanted: Sequence[str], names: Sequence[str]) -> np.ndarray:
+    position = {name: i for i, name in enumerate(names)}
+    missing = [name for name in wanted if name not in position]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of the {len(wanted)} genes of the fit are missing: {', '.join(missing[:5])}"
+            f"{', ...' if len(missing) > 5 else ''}. Give data with these gene names; their order does not matter."
+        )
+    return np.array([position[name] for name in wanted])
