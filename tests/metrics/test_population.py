@@ -1,0 +1,232 @@
+"""Distances between populations: closed forms, independent solvers, symmetries, and equal cell numbers."""
+
+import functools
+import math
+
+import numpy as np
+import pytest
+from scipy.optimize import linear_sum_assignment
+from scipy.spatial.distance import cdist
+
+from scjax.metrics.population import (
+    POPULATION_METRICS,
+    Metric,
+    compare_populations,
+    draw_cells,
+    energy_distance,
+    mmd2,
+    sinkhorn,
+    sinkhorn_metric,
+    spread,
+    transport_plan,
+    wasserstein1,
+    wasserstein2,
+)
+
+DISTANCES = {
+    "W1": wasserstein1,
+    "W2": wasserstein2,
+    "sinkhorn": functools.partial(sinkhorn, blur=0.5),
+    "energy_distance": energy_distance,
+    "mmd2": mmd2,
+}
+SHIFT = np.array([3.0, -4.0, 0.0])  # of length 5
+
+
+@pytest.fixture(scope="module")
+def clouds():
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(40, 3)), rng.normal(size=(40, 3)) * 1.5 + 1
+
+
+@pytest.mark.parametrize("distance", [wasserstein1, wasserstein2])
+def test_translation_costs_its_length(distance, clouds):
+    """No plan between a cloud and its translate is cheaper than the translation (Jensen)."""
+    x, _ = clouds
+    assert distance(x, x + SHIFT[None]) == pytest.approx(5, rel=1e-12)
+
+
+def test_w2_of_gaussian_quantiles():
+    """N(0, 1) to N(m, s^2) on the line: W2^2 = m^2 + (s - 1)^2, the plan being monotone."""
+    from scipy.stats import norm
+
+    q = norm.ppf((np.arange(2000) + 0.5) / 2000)[:, None]
+    assert wasserstein2(q, 3 + 2 * q) == pytest.approx(math.sqrt(9 + 1), rel=1e-3)
+
+
+@pytest.mark.parametrize(("distance", "power"), [(wasserstein1, 1), (wasserstein2, 2)])
+def test_equal_numbers_are_an_assignment(distance, power, clouds):
+    costs = cdist(*clouds) ** power
+    best = costs[linear_sum_assignment(costs)].mean() ** (1 / power)
+    assert distance(*clouds) == pytest.approx(best, rel=1e-10)
+
+
+def test_unequal_numbers_are_equal_numbers_of_copies(clouds):
+    """12 against 8 cells of uniform mass are 24 against 24 copies."""
+    x, y = clouds[0][:12], clouds[1][:8]
+    costs = cdist(np.repeat(x, 2, axis=0), np.repeat(y, 3, axis=0))
+    assert wasserstein1(x, y) == pytest.approx(costs[linear_sum_assignment(costs)].mean(), rel=1e-10)
+
+
+def test_weights_are_mass(clouds):
+    """Whole weights are copies; weight zero is absence."""
+    x, y = clouds[0][:10], clouds[1][:7]
+    copies = np.array([2, 0, 1, 1, 3, 0, 1])
+    assert wasserstein2(x, y, y_weights=copies.astype(float)) == pytest.approx(
+        wasserstein2(x, np.repeat(y, copies, axis=0)), rel=1e-10
+    )
+
+
+def test_plan_moves_all_mass_at_least_cost(clouds):
+    x, y = clouds[0][:30], clouds[1]
+    plan = transport_plan(x, y)
+    np.testing.assert_allclose(np.bincount(plan.source, plan.mass, len(x)), 1 / len(x), rtol=1e-9)
+    np.testing.assert_allclose(np.bincount(plan.target, plan.mass, len(y)), 1 / len(y), rtol=1e-9)
+    assert len(plan.mass) <= len(x) + len(y) - 1
+    cost = (plan.mass * ((x[plan.source] - y[plan.target]) ** 2).sum(axis=1)).sum()
+    assert cost**0.5 == pytest.approx(wasserstein2(x, y), rel=1e-10)
+
+
+@pytest.mark.parametrize("name", ["W1", "W2", "sinkhorn", "energy_distance"])  # mmd2: the real cells set its kernels
+def test_symmetric_and_without_order(name, clouds):
+    distance, (x, y) = DISTANCES[name], clouds
+    rng = np.random.default_rng(1)
+    there = distance(x, y)
+    assert distance(y, x) == pytest.approx(there, rel=1e-4)
+    assert distance(rng.permutation(x), rng.permutation(y)) == pytest.approx(there, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["W1", "W2", "sinkhorn", "energy_distance"])
+def test_zero_between_equal_populations(name, clouds):
+    x, _ = clouds
+    assert DISTANCES[name](x, x[::-1]) == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+def test_common_translation_changes_nothing(name, clouds):
+    """1000 standard deviations away from the origin, where naive float32 would lose the distances."""
+    x, y = clouds
+    assert DISTANCES[name](x + 1000, y + 1000) == pytest.approx(DISTANCES[name](x, y), rel=1e-4)
+
+
+def test_energy_distance_is_its_formula(clouds):
+    x, y = clouds
+    expected = cdist(x, y).mean() - cdist(x, x).mean() / 2 - cdist(y, y).mean() / 2
+    assert energy_distance(x, y) == pytest.approx(expected, rel=1e-4)
+
+
+def test_mmd2_is_its_formula(clouds):
+    x, y = clouds
+    squared = np.sort(cdist(y, y, "sqeuclidean")[np.triu_indices(len(y), 1)])
+    scales = squared[(len(squared) - 1) // 2] * np.array([0.5, 1, 2, 4])
+
+    def kernel(a, b):
+        return np.mean([np.exp(-cdist(a, b, "sqeuclidean") / (2 * s)) for s in scales], axis=0)
+
+    def within(a):
+        return (kernel(a, a).sum() - len(a)) / (len(a) * (len(a) - 1))
+
+    assert mmd2(x, y) == pytest.approx(within(x) + within(y) - 2 * kernel(x, y).mean(), abs=1e-5)
+
+
+def test_sinkhorn_of_a_translation_is_half_its_square(clouds):
+    """Debiased, every entropic term cancels for a translate: |shift|^2 / 2 at any blur."""
+    x, _ = clouds
+    assert sinkhorn(x, x + SHIFT[None], blur=0.5) == pytest.approx(12.5, rel=1e-3)
+
+
+def test_relative_sinkhorn_scales_with_the_unit(clouds):
+    """Its blur follows the spread of the real cells: cells in another unit give the same value in that unit."""
+    x, y = clouds
+    metric = sinkhorn_metric().fn
+    assert metric(100 * x, 100 * y) == pytest.approx(1e4 * metric(x, y), rel=1e-4)
+    assert metric(x, y) == pytest.approx(sinkhorn(x, y, blur=0.05 * spread(y)), rel=1e-3)
+
+
+def test_sinkhorn_that_has_not_converged_is_nan(clouds):
+    """A wide gap at a tiny blur takes more iterations than are allowed; the number reached so far is not reported."""
+    x, y = clouds
+    assert math.isnan(sinkhorn(100 * x, 100 * y, blur=0.02))
+
+
+def test_too_many_cells_are_refused(clouds):
+    x, y = clouds
+    with pytest.raises(ValueError, match=r"x has 40 cells; .*max_exact=39.*Subsample"):
+        wasserstein1(x, y, max_exact=39)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x: wasserstein1(x, x[:, :2]), "equal dims"),
+        (lambda x: wasserstein2(x, np.where(x > 2, np.nan, x)), "y must hold finite"),
+        (lambda x: wasserstein1(x, x, x_weights=-np.ones(len(x))), "x_weights must hold 40"),
+        (lambda x: sinkhorn(x, x, blur=0.0), "blur must be a positive"),
+        (lambda x: mmd2(x[:1], x), "at least 2"),
+        (lambda x: sinkhorn_metric().fn(x, np.ones_like(x)), "all coincide"),
+        (lambda x: compare_populations(x, np.where(x > 2, np.inf, x), seed=0), "real must hold finite"),
+        (lambda x: compare_populations(x, x, n_cells=1, seed=0), "n_cells must be at least 2"),
+    ],
+)
+def test_bad_input_is_named(call, message, clouds):
+    with pytest.raises(ValueError, match=message):
+        call(clouds[0])
+
+
+SIZES = {
+    "sizes": Metric("sizes", "100 n + m", "1", "lower is better", lambda pred, real: 100.0 * len(pred) + len(real))
+}
+REAL_MEAN = {"mean": Metric("mean", "mean of the real cells", "x", "lower is better", lambda pred, real: real.mean())}
+
+
+def test_populations_are_compared_at_equal_numbers(clouds):
+    x, y = clouds
+    assert compare_populations(x[:25], y, SIZES, seed=0).scores["sizes"].values == (2525.0,) * 5
+    assert compare_populations(x, y, SIZES, n_cells=11, n_draws=2, seed=0).scores["sizes"].values == (1111.0,) * 2
+
+
+def test_whole_populations_are_compared_once(clouds):
+    comparison = compare_populations(*clouds, {"W1": POPULATION_METRICS["W1"]}, seed=0)
+    assert (comparison.n_draws, comparison.n_cells, comparison.repeated) == (1, 40, "")
+    assert comparison.scores["W1"].mean == wasserstein1(*clouds)
+    assert comparison.scores["W1"].sd == 0
+
+
+def test_too_few_cells_are_repeated_and_it_is_said(clouds):
+    x, y = clouds
+    comparison = compare_populations(x[:5], y, SIZES, n_cells=30, seed=0)
+    assert comparison.repeated == "pred"
+    assert comparison.scores["sizes"].values[0] == 3030
+
+
+def test_draws_follow_the_seed_and_share_the_real_cells(clouds):
+    x, y = clouds
+    first = compare_populations(x[:20], y, REAL_MEAN, n_cells=10, seed=3)
+    other = compare_populations(x[20:] + 7, y, REAL_MEAN, n_cells=10, seed=3)
+    assert first.scores == other.scores
+    assert len(set(first.scores["mean"].values)) == 5
+    assert compare_populations(x, y, REAL_MEAN, n_cells=10, seed=4).scores != first.scores
+
+
+def test_draws_hold_no_cell_twice():
+    cells = np.arange(50.0)[:, None]
+    assert len(np.unique(draw_cells(cells, 49, np.random.default_rng(0)))) == 49
+
+
+def test_a_failed_prediction_is_not_rescued(clouds):
+    """Two bad cells in forty: all scores NaN, and the count says why."""
+    x, y = clouds
+    x = x.copy()
+    x[[3, 8], 1] = np.nan, np.inf
+    comparison = compare_populations(x, y, {"W1": POPULATION_METRICS["W1"]}, n_cells=20, seed=0)
+    assert comparison.n_nonfinite == 2
+    assert math.isnan(comparison.scores["W1"].mean)
+    assert comparison.scores["W1"].n_failed == 5
+
+
+def test_table_of_metrics_explains_itself():
+    for name, metric in POPULATION_METRICS.items():
+        assert metric.name == name
+        assert metric.direction == "lower is better"
+        assert len(metric.definition) > 20
+        assert metric.unit in {"x", "x^2", "1"}
