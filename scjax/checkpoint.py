@@ -1,0 +1,470 @@
+"""Checkpoints on disk: named trees of arrays, and a JSON document that says what they are. The only home of orbax.
+
+A directory holds one run; each complete checkpoint is a folder in it, named by its step:
+
+    with CheckpointWriter(directory, about={"run": run_id, "config": ...}) as writer:
+        writer.save(100, {"state": state, "transform": arrays})      # returns soon, writes in the background
+    step, arrays, about = read(directory)                            # the newest
+    step, arrays, about = read(directory, like={"state": template})  # NamedTuples and optax states come back as such
+
+What the arrays mean and what `about` says is the caller's affair; this module writes atomically, keeps the last few,
+and notices what was damaged: every leaf is stored with a digest of its bytes, shape and dtype, which `read` checks.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from scjax.check import at_least, suggestion
+
+__all__ = ["Checkpoint", "CheckpointWriter", "list_steps", "provenance", "read", "read_about"]
+
+_FORMAT = 1
+_LIBRARIES = ("scjax", "jax", "jaxlib", "flax", "optax", "diffrax", "ott-jax", "orbax-checkpoint", "numpy")
+
+
+class Checkpoint(NamedTuple):
+    """What `read` gives: the step, `arrays` by name, and the document written with them."""
+
+    step: int
+    arrays: dict[str, Any]
+    about: dict[str, Any]
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of one run into one directory, in the background, keeping the last `keep`.
+
+    `about` is a JSON object with an id of the run under "run"; it is stored with every checkpoint. A directory that
+    already holds checkpoints is refused, unless `resume_from` names one of its steps and the run is the same. Steps
+    after `resume_from` are then set aside (renamed to `superseded-<step>-<n>`), since the run will come by them again.
+
+    A checkpoint is complete or invisible: it is written under another name, and renamed once it is whole. A process
+    killed while writing leaves the earlier checkpoints untouched.
+
+    Raises:
+        ValueError: `about` is no JSON object or has no "run"; the directory belongs to another run, or to this one and
+            `resume_from` is missing; `resume_from` is not one of its steps.
+    """
+
+    def __init__(
+        self, directory: str | Path, *, about: Mapping[str, Any], keep: int = 3, resume_from: int | None = None
+    ):
+        at_least("keep", keep, 1)
+        self.directory = Path(directory).resolve()
+        self.about = _plain_json(about)
+        _admit(self.directory, self.about["run"], resume_from)
+
+        import orbax.checkpoint as ocp
+
+        self._quiet = _quiet_orbax()
+        self._quiet.__enter__()
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep,
+                create=False,
+                enable_async_checkpointing=True,
+                cleanup_tmp_directories=True,  # left by a process that was killed while writing
+            ),
+        )
+        self._open = True
+
+    def save(self, step: int, arrays: Mapping[str, Any]) -> None:
+        """Copies the arrays to the host now, so that they may be donated or changed, and writes them in the background.
+
+        `arrays` maps names to trees of arrays. An error of the previous write comes here or from `wait`.
+
+        Raises:
+            ValueError: the step exists already; a leaf is no array; a name in the tree cannot be stored.
+        """
+        import orbax.checkpoint as ocp
+
+        at_least("step", step, 0)
+        if not self._open:
+            raise ValueError(f"the writer of {self.directory} is closed; open another to save step {step}.")
+        if step in list_steps(self.directory) or step == self._manager.latest_step():
+            raise ValueError(f"{self.directory} holds step {step} already, and a checkpoint is never overwritten.")
+        leaves, manifest = _pack(arrays)
+        manifest["digest"] = _seal(manifest, self.about)
+        stored = {path: leaf for path, leaf in leaves.items() if leaf.size}  # orbax refuses arrays without entries
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                arrays=ocp.args.StandardSave(_nest(stored)),
+                manifest=ocp.args.JsonSave(manifest),
+                about=ocp.args.JsonSave(self.about),
+            ),
+            force=True,
+        )
+
+    def wait(self) -> None:
+        """Blocks until every checkpoint handed to `save` is on the disk; raises what went wrong in writing it."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, and frees the threads. Closing twice does nothing."""
+        if self._open:
+            self._open = False
+            try:
+                self._manager.wait_until_finished()
+            finally:
+                self._manager.close()
+                self._quiet.__exit__(None, None, None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def list_steps(directory: str | Path) -> tuple[int, ...]:
+    """Steps of the complete checkpoints, in increasing order; none where there is no such directory."""
+    directory = Path(directory)
+    if not directory.is_dir():
+        return ()
+    return tuple(sorted(int(p.name) for p in directory.iterdir() if p.name.isdecimal() and p.is_dir()))
+
+
+def read(directory: str | Path, step: int | None = None, *, like: Mapping[str, Any] | None = None) -> Checkpoint:
+    """The checkpoint of `step`, or the newest, every byte of its arrays verified.
+
+    Arrays come back as they were: jax arrays and typed keys on the default device, NumPy arrays as NumPy. Without a
+    template every tree is a nested dict of strings: a field of a NamedTuple is an entry of its name, an element of a
+    tuple one of its index, a None is absent.
+
+    Args:
+        like: templates by the names given to `save`; arrays, or `jax.ShapeDtypeStruct`s as `jax.eval_shape` gives them.
+            These entries come back in the template's structure and, for committed arrays, with its sharding.
+
+    Raises:
+        ValueError: no such directory or step; the checkpoint is damaged (the message names what, and the newest earlier
+            one that can be read); a template differs from what is stored, named by the leaf's path.
+    """
+    directory = Path(directory)
+    step = _chosen(directory, step)
+    try:
+        leaves, manifest, about = _load(directory / str(step))
+    except _DamagedError as err:
+        raise ValueError(f"{err} {_alternative(directory, step)}") from err
+    arrays = _nest({path: _unpack(path, leaf, manifest[path]) for path, leaf in leaves.items()})
+    for name, template in (like or {}).items():
+        flat = {p: v for p, v in leaves.items() if p[0] == name}
+        arrays[name] = _in_form_of(template, name, flat, manifest, directory / str(step))
+    return Checkpoint(step, arrays, about)
+
+
+def read_about(directory: str | Path, step: int | None = None) -> dict[str, Any]:
+    """The JSON document alone, of `step` or the newest; no array is read, and none verified.
+
+    Raises:
+        ValueError: no such directory or step, or the document is damaged.
+    """
+    directory = Path(directory)
+    step = _chosen(directory, step)
+    try:
+        return _documents(directory / str(step))[1]
+    except _DamagedError as err:
+        raise ValueError(f"{err} {_alternative(directory, step)}") from err
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, machine and source that produced a checkpoint: an entry for `about`.
+
+    "source" is a digest of this package's Python files, so that an edited checkout is told from a release.
+    """
+    versions = {}
+    for name in _LIBRARIES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # a source checkout on the path, or an optional part that is not installed
+    from scjax import __version__
+
+    package = Path(__file__).parent
+    source = hashlib.blake2b(digest_size=16)
+    for path in sorted(package.rglob("*.py")):
+        source.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return {
+        "versions": versions | {"scjax": __version__, "python": platform.python_version()},
+        "device": jax.devices()[0].device_kind,
+        "source": source.hexdigest(),
+    }
+
+
+# -- who may write where
+
+
+def _plain_json(about: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        plain = json.loads(json.dumps(dict(about), allow_nan=False))
+    except (TypeError, ValueError) as err:
+        raise ValueError(f"about must be a JSON object of finite numbers, strings, lists and objects: {err}") from err
+    if plain != dict(about):
+        raise ValueError("about must come back from JSON as it went in; give lists for tuples, and strings as keys.")
+    if not isinstance(plain.get("run"), str) or not plain["run"]:
+        raise ValueError(
+            f"about needs an id of the run under 'run', a string; it has: {', '.join(plain) or 'nothing'}."
+        )
+    return plain
+
+
+def _admit(directory: Path, run: str, resume_from: int | None) -> None:
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"directory must be a folder for checkpoints; {directory} is a file.")
+    steps = list_steps(directory)
+    if resume_from is not None and resume_from not in steps:
+        listed = ", ".join(map(str, steps)) or "no checkpoint"
+        raise ValueError(f"resume_from={resume_from} is not a checkpoint in {directory}; it holds {listed}.")
+    if not steps:
+        return
+    theirs = _run_of(directory, steps)
+    if resume_from is None or theirs != run:
+        whose = "this run" if theirs == run else f"another run ({theirs!r}; this one is {run!r})"
+        mend = "choose another directory" + (", or resume from one of them" if theirs == run else "")
+        raise ValueError(f"{directory} holds checkpoints of {whose}, steps {', '.join(map(str, steps))}: {mend}.")
+    for step in steps:
+        if step > resume_from:
+            aside = (directory / f"superseded-{step}-{n}" for n in range(1, 1_000_000))
+            (directory / str(step)).rename(next(p for p in aside if not p.exists()))
+
+
+def _run_of(directory: Path, steps: Sequence[int]) -> str | None:
+    for step in reversed(steps):
+        try:
+            return _documents(directory / str(step))[1].get("run")
+        except _DamagedError:
+            continue
+    return None
+
+
+def _chosen(directory: Path, step: int | None) -> int:
+    if not directory.is_dir():
+        raise ValueError(f"directory must hold checkpoints; there is no folder {directory}.")
+    steps = list_steps(directory)
+    if not steps:
+        raise ValueError(f"{directory} holds no complete checkpoint.")
+    if step is not None and step not in steps:
+        raise ValueError(f"step must be one of {', '.join(map(str, steps))} in {directory}; got {step}.")
+    return steps[-1] if step is None else step
+
+
+# -- a tree as leaves by path, with a manifest
+
+
+def _pack(arrays: Mapping[str, Any]) -> tuple[dict[tuple[str, ...], np.ndarray], dict[str, Any]]:
+    """Private host copies of the leaves, and a description of each."""
+    leaves, notes = {}, {}
+    for path, leaf in _paths(dict(arrays)):
+        note = {"jax": isinstance(leaf, jax.Array)}
+        if _is_key(leaf):
+            note["prng"] = str(jax.random.key_impl(leaf))
+            leaf = jax.random.key_data(leaf)
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            raise ValueError(f"{'/'.join(path)} lies on several hosts; gather it before saving.")
+        value = np.array(leaf)  # a copy: the buffer of a jax array on the CPU may be donated to the next step
+        if value.dtype.kind in "OUSmM":
+            raise ValueError(f"{'/'.join(path)} must be an array of numbers; got {leaf!r}. Text belongs into about.")
+        leaves[path] = value
+        notes["/".join(path)] = note | {"shape": list(value.shape), "dtype": value.dtype.name}
+    if not any(leaf.size for leaf in leaves.values()):
+        raise ValueError("arrays must hold at least one array with entries.")
+    with ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock
+        for note, digest in zip(notes.values(), pool.map(_digest, leaves.values()), strict=True):
+            note["digest"] = digest
+    return leaves, {"format": _FORMAT, "leaves": notes}
+
+
+def _paths(tree: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
+    seen = {}
+    for entries, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        path = tuple(_word(entry, entries) for entry in entries)
+        stored_as = ".".join(path)  # orbax joins names by dots
+        if stored_as in seen:
+            raise ValueError(f"{'/'.join(path)} and {seen[stored_as]} would be stored under one name; rename one.")
+        seen[stored_as] = "/".join(path)
+        yield path, leaf
+
+
+def _word(entry: Any, entries: Sequence[Any]) -> str:
+    for attribute in ("key", "idx", "name"):  # of a dict, a sequence, a NamedTuple or dataclass
+        if hasattr(entry, attribute):
+            word = getattr(entry, attribute)
+            break
+    else:
+        word = str(entry)
+    if isinstance(word, int):
+        word = str(word)
+    if not isinstance(word, str) or not word or "/" in word:
+        raise ValueError(
+            f"the keys of a tree in a checkpoint must be words without '/'; got {word!r} in "
+            f"{jax.tree_util.keystr(tuple(entries))}."
+        )
+    return word
+
+
+def _nest(flat: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        node = tree
+        for word in path[:-1]:
+            node = node.setdefault(word, {})
+        node[path[-1]] = leaf
+    return tree
+
+
+def _is_key(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _digest(value: np.ndarray) -> str:
+    h = hashlib.blake2b(f"{value.dtype.name}{value.shape}".encode(), digest_size=16)
+    h.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+    return h.hexdigest()
+
+
+def _seal(manifest: Mapping[str, Any], about: Mapping[str, Any]) -> str:
+    text = json.dumps([{k: v for k, v in manifest.items() if k != "digest"}, about], sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+# -- reading, and what can be wrong
+
+
+class _DamagedError(Exception):
+    """A checkpoint that was complete once and cannot be trusted now."""
+
+
+def _documents(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    import orbax.checkpoint as ocp
+
+    wanted = ocp.args.Composite(manifest=ocp.args.JsonRestore(), about=ocp.args.JsonRestore())
+    restored = _restored(path, wanted, "its documents cannot be read")
+    manifest, about = restored.manifest, restored.about
+    if (
+        not isinstance(manifest, dict)
+        or not isinstance(about, dict)
+        or manifest.get("digest") != _seal(manifest, about)
+    ):
+        raise _DamagedError(f"the checkpoint {path} is damaged: its documents do not match their digest.")
+    if manifest["format"] != _FORMAT:
+        raise ValueError(f"{path} has format {manifest['format']}; this version reads {_FORMAT}: update scjax.")
+    return manifest["leaves"], about
+
+
+def _load(path: Path) -> tuple[dict[tuple[str, ...], np.ndarray], dict[tuple[str, ...], Any], dict[str, Any]]:
+    import orbax.checkpoint as ocp
+
+    notes, about = _documents(path)
+    notes = {tuple(name.split("/")): note for name, note in notes.items()}
+    blank = {p: np.zeros(note["shape"], jnp.dtype(note["dtype"])) for p, note in notes.items()}  # untouched pages
+    wanted = ocp.args.Composite(arrays=ocp.args.StandardRestore(_nest({p: b for p, b in blank.items() if b.size})))
+    tree = _restored(path, wanted, "its arrays cannot be read").arrays
+    leaves = {}
+    for p, b in blank.items():
+        leaves[p] = _at(tree, p) if b.size else b
+        if _digest(leaves[p]) != notes[p]["digest"]:
+            raise _DamagedError(f"the checkpoint {path} is damaged: {'/'.join(p)} does not match its digest.")
+    return leaves, notes, about
+
+
+def _restored(path: Path, wanted: Any, problem: str) -> Any:
+    import orbax.checkpoint as ocp
+
+    try:
+        with _quiet_orbax(), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            return checkpointer.restore(path.resolve(), args=wanted)
+    except Exception as err:  # whatever orbax, tensorstore or json say about a broken file
+        first_line = next(iter(str(err).splitlines()), "")
+        raise _DamagedError(
+            f"the checkpoint {path} is damaged: {problem} ({type(err).__name__}: {first_line[:200]})."
+        ) from err
+
+
+def _at(tree: Any, path: Sequence[str]) -> np.ndarray:
+    for word in path:
+        tree = tree[word]
+    return np.asarray(tree)
+
+
+def _alternative(directory: Path, step: int) -> str:
+    for earlier in reversed([s for s in list_steps(directory) if s < step]):
+        try:
+            _load(directory / str(earlier))
+        except _DamagedError:
+            continue
+        return f"The previous complete one is step {earlier}: pass step={earlier}."
+    return "No earlier checkpoint there can be read."
+
+
+def _unpack(path: Sequence[str], value: np.ndarray, note: Mapping[str, Any]) -> Any:
+    if not note["jax"]:
+        return value
+    array = _on_device("/".join(path), value)
+    return jax.random.wrap_key_data(array, impl=note["prng"]) if "prng" in note else array
+
+
+def _on_device(name: str, value: np.ndarray) -> jax.Array:
+    if jax.dtypes.canonicalize_dtype(value.dtype) != value.dtype:
+        raise ValueError(f"{name} was saved in {value.dtype}; enable jax_enable_x64 to read it.")
+    return jnp.asarray(value)
+
+
+def _in_form_of(template: Any, name: str, flat: Mapping[tuple[str, ...], np.ndarray], notes: Any, place: Path) -> Any:
+    wanted = dict(_paths({name: template}))
+    for path in wanted:
+        if path not in flat:
+            known = ["/".join(p) for p in flat]
+            raise ValueError(f"{place} holds no {'/'.join(path)}, which like has.{suggestion('/'.join(path), known)}")
+    for path in flat:
+        if path not in wanted:
+            raise ValueError(f"{place} holds {'/'.join(path)}, which like lacks.")
+    leaves = [_as_leaf(leaf, path, flat[path], notes[path], place) for path, leaf in wanted.items()]
+    return jax.tree.unflatten(jax.tree.structure(template), leaves)
+
+
+def _as_leaf(leaf: Any, path: Sequence[str], value: np.ndarray, note: Mapping[str, Any], place: Path) -> Any:
+    at = "/".join(path)
+    if _is_key(leaf) != ("prng" in note):
+        raise ValueError(f"{at} is {'a' if 'prng' in note else 'no'} random key in {place}; like says otherwise.")
+    if _is_key(leaf):
+        key = jax.random.wrap_key_data(_on_device(at, value), impl=note["prng"])
+        if key.dtype != leaf.dtype or key.shape != leaf.shape:
+            raise ValueError(f"{at} is {key.dtype}{key.shape} in {place}; like has {leaf.dtype}{leaf.shape}.")
+        return key
+    shape, dtype = np.shape(leaf), np.dtype(leaf.dtype) if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
+    if (value.shape, value.dtype) != (shape, dtype):
+        raise ValueError(f"{at} is {value.dtype.name}{value.shape} in {place}; like has {dtype.name}{shape}.")
+    if isinstance(leaf, jax.Array) and leaf.committed:
+        return jax.device_put(value, leaf.sharding)
+    if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
+        return _on_device(at, value)
+    return value
+
+
+class _NotOrbax(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR or "orbax" not in record.pathname
+
+
+@contextmanager
+def _quiet_orbax() -> Iterator[None]:
+    """Drops what orbax tells the absl log below an error; other users of that log, and its level, are left alone."""
+    log, chatter = logging.getLogger("absl"), _NotOrbax()
+    log.addFilter(chatter)
+    try:
+        yield
+    finally:
+        log.removeFilter(chatter)

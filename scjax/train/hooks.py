@@ -1,0 +1,186 @@
+"""What happens beside the steps: a progress bar, a log file, checkpoints. `fit` calls the hooks in the order given."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+from scjax.checkpoint import CheckpointWriter
+
+from .state import TrainState
+
+__all__ = ["Hook", "JsonlLogger", "Progress", "SaveCheckpoints", "Saved"]
+
+
+class Saved(NamedTuple):
+    """Where a run can be taken up again."""
+
+    directory: Path
+    step: int
+
+
+class Hook:
+    """Does nothing; a hook of your own overrides what it needs. A step's number counts finished steps, from 1."""
+
+    def on_start(self, step: int, n_steps: int) -> None:
+        """Before anything is compiled; `step` steps are done already. To refuse the run, raise ValueError here."""
+
+    def on_compiled(self, seconds: float) -> None:
+        """The update is compiled, and the first step is about to run."""
+
+    def on_log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """The metrics of `step` itself (no average), every `log_every` steps; or its validation scores."""
+
+    def on_checkpoint(self, state: TrainState) -> None:
+        """Every `checkpoint_every` steps, at the end, at SIGTERM. The next step takes the arrays: copy to keep."""
+
+    def on_end(self) -> None:
+        """Whatever ended the run, also an error. Called once for every hook that was started."""
+
+    @property
+    def saved(self) -> Saved | None:
+        """The newest checkpoint that this hook wrote, if it writes any."""
+        return None
+
+
+class Progress(Hook):
+    """Steps per second, loss terms and time left, on one line of the terminal; the compile time apart.
+
+    Args:
+        cells_per_step: shows cells per second too.
+        file: where to write, stderr if None. Unless it is a terminal nothing is shown;
+        force: with this, a plain line at every tenth of the run.
+    """
+
+    def __init__(self, cells_per_step: int | None = None, *, file: TextIO | None = None, force: bool = False):
+        self.cells_per_step = cells_per_step
+        self.file = sys.stderr if file is None else file
+        self.terminal = self.file.isatty()
+        self.shown = self.terminal or force
+        self._bar = None
+
+    def on_start(self, step: int, n_steps: int) -> None:
+        self._first, self._n_steps, self._tenth = step, n_steps, -1
+        if self.terminal:
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=n_steps, initial=step, desc="compiling", unit="step", file=self.file, dynamic_ncols=True
+            )
+
+    def on_compiled(self, seconds: float) -> None:
+        self._started = time.perf_counter()
+        if self._bar is not None:
+            self._bar.set_description("training", refresh=False)
+            self._bar.unpause()  # the clock of the rates starts now
+        self._write(f"compiled in {seconds:.1f} s")
+
+    def on_log(self, step: int, metrics: Mapping[str, float]) -> None:
+        if not self.shown:
+            return
+        seconds = max(time.perf_counter() - self._started, 1e-9)
+        rate = (step - self._first) / seconds
+        words = {name: f"{value:.4g}" for name, value in metrics.items()}
+        if self.cells_per_step is not None:
+            words["cells/s"] = f"{rate * self.cells_per_step:.3g}"
+        if self._bar is not None:
+            self._bar.set_postfix(words, refresh=False)
+            self._bar.update(step - self._bar.n)
+            return
+        tenth = 10 * step // self._n_steps
+        if tenth > self._tenth:
+            self._tenth = tenth
+            left = (self._n_steps - step) / max(rate, 1e-9)
+            terms = ", ".join(f"{name} {word}" for name, word in words.items())
+            self._write(f"step {step}/{self._n_steps}, {rate:.3g} steps/s, {left:.0f} s left: {terms}")
+
+    def on_end(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _write(self, line: str) -> None:
+        if self._bar is not None:
+            self._bar.write(line, file=self.file)
+        elif self.shown:
+            self.file.write(line + "\n")
+            self.file.flush()
+
+
+class JsonlLogger(Hook):
+    """One JSON object a line: step, seconds since this process began to step, and every metric.
+
+    A resumed run continues the file: lines after its first step, and a line cut short by a kill, are dropped, so that
+    no step appears twice.
+
+    Raises:
+        ValueError: at the start of a fresh run, where the file holds lines of another.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._file = None
+
+    def on_start(self, step: int, n_steps: int) -> None:
+        if self.path.exists():
+            if step == 0 and self.path.stat().st_size:
+                raise ValueError(f"{self.path} holds the log of another run; choose another path, or resume that run.")
+            self._keep_up_to(step)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("a", encoding="utf-8")
+        self._started = time.perf_counter()
+
+    def on_compiled(self, seconds: float) -> None:
+        self._started = time.perf_counter()
+
+    def on_log(self, step: int, metrics: Mapping[str, float]) -> None:
+        seconds = round(time.perf_counter() - self._started, 3)
+        self._file.write(json.dumps({"step": step, "seconds": seconds, **metrics}) + "\n")
+        self._file.flush()
+
+    def on_end(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _keep_up_to(self, step: int) -> None:
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
+            try:
+                if json.loads(line)["step"] <= step and line.endswith("\n"):
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError):
+                continue  # half a line, from a process that was killed
+        fresh = self.path.with_name(self.path.name + ".new")
+        fresh.write_text("".join(kept), encoding="utf-8")
+        os.replace(fresh, self.path)
+
+
+class SaveCheckpoints(Hook):
+    """Hands the state to a `CheckpointWriter` under "state", with `extra` arrays beside it (a fitted transform, say).
+
+    The hook waits for the last write at the end of the run; opening and closing the writer is the caller's.
+    """
+
+    def __init__(self, writer: CheckpointWriter, extra: Mapping[str, Any] | None = None):
+        extra = dict(extra or {})
+        if "state" in extra:
+            raise ValueError("extra must not hold 'state', the name of the training state; rename it.")
+        self.writer = writer
+        self.extra = extra
+        self._saved = None
+
+    def on_checkpoint(self, state: TrainState) -> None:
+        step = int(state.step)
+        self.writer.save(step, {"state": state, **self.extra})
+        self._saved = Saved(self.writer.directory, step)
+
+    def on_end(self) -> None:
+        self.writer.wait()
+
+    @property
+    def saved(self) -> Saved | None:
+        return self._saved

@@ -1,0 +1,394 @@
+"""The training loop: it sees a loss, a transformation and a stream of batches, and knows no model."""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import PRNGKeyArray
+
+from scjax.check import at_least
+from scjax.types import Batch, LossFn, Params
+
+from .hooks import Hook, Saved
+from .state import Best, TrainState, init_state, own_copy
+from .step import make_scanned_update
+
+__all__ = ["Interrupted", "NonFiniteError", "Stream", "Validate", "fit", "in_order"]
+
+Stream: TypeAlias = Callable[..., Iterable[Any]]
+Validate: TypeAlias = Callable[[Params], Mapping[str, Any]]
+
+
+class NonFiniteError(ArithmeticError):
+    """A loss, a term or a gradient was NaN or infinite. Nothing was learned from that step.
+
+    Attributes:
+        step: finished steps before the one that failed (its number for keys and batches).
+        term: the first name that was not finite.
+        metrics: all of that step's.
+        state: the last good one.
+        saved: the newest checkpoint of the run, if a hook wrote one.
+    """
+
+    def __init__(self, step: int, term: str, metrics: Mapping[str, float], state: TrainState, saved: Saved | None):
+        self.step, self.term, self.metrics, self.state, self.saved = step, term, dict(metrics), state, saved
+        values = ", ".join(f"{name} {value:.6g}" for name, value in metrics.items())
+        where = f"step {saved.step} in {saved.directory}" if saved else "none was written"
+        super().__init__(
+            f"{term} is {metrics[term]} after {step} good steps, in the next one ({values}). "
+            f"The last good checkpoint: {where}. A lower learning rate or clip_norm is the usual mend."
+        )
+
+
+class Interrupted(SystemExit):
+    """SIGTERM came, and what was done is with the hooks. Uncaught, it ends Python with its message and status 1.
+
+    Attributes:
+        step: finished steps.
+        saved: the checkpoint to resume from, if a hook wrote one.
+    """
+
+    def __init__(self, step: int, saved: Saved | None):
+        self.step, self.saved = step, saved
+        if saved:
+            resume = (
+                f"step {saved.step} is saved in {saved.directory}: run the same command again, resuming from there."
+            )
+        else:
+            resume = "this process saved no checkpoint."
+        super().__init__(f"Stopped by SIGTERM after step {step}; {resume}")
+
+
+def fit(
+    loss_fn: LossFn,
+    params: Params,
+    tx: optax.GradientTransformation,
+    batches: Callable[[int], Batch],
+    *,
+    key: PRNGKeyArray,
+    n_steps: int,
+    scan_steps: int = 10,
+    ema_decay: float | None = None,
+    state: TrainState | None = None,
+    stream: Stream | None = None,
+    hooks: Sequence[Hook] = (),
+    log_every: int = 10,
+    checkpoint_every: int | None = None,
+    validate: Validate | None = None,
+    validate_every: int = 100,
+    patience: int | None = None,
+) -> TrainState:
+    """Trains until `n_steps` steps are done, counted from the first step of the run.
+
+    Step n uses `batches(n)` and the key `fold_in(key, n)`: it does not depend on when the run was interrupted, nor on
+    `scan_steps`. The loop never touches the caller's arrays.
+
+    Args:
+        batches: batch n, a pure function of n; all of one structure and shape.
+        scan_steps: steps in one compiled call. What the loop does beside (checkpoints, validation, SIGTERM) it does
+            between calls, at multiples of this.
+        ema_decay: of the moving average of the parameters; None keeps none.
+        state: continues the run that this state is of; its parameters, optimiser state and key are used in place
+            of `params` and `key`, which only say what is expected.
+        stream: `stream(batches, start, stop, chunk=...)` yields batches stacked `chunk` at a time, as
+            `scjax.data.device.prefetch` does in a thread; None makes them in line.
+        log_every: the metrics of these steps, and of the last, go to the hooks.
+        checkpoint_every: calls `on_checkpoint`, also at the end; None, at the end only.
+        validate: scores of parameters (the moving average where there is one) on data kept for validation, never on
+            test data; called as it is, so jit it. The first score is minimised, the others are only logged; the best
+            parameters are kept in `state.best`.
+        patience: stops after this many validations in a row without a better score; None never does.
+
+    Returns:
+        The state after the last step. Where it stopped early `step` is less than `n_steps`.
+
+    Raises:
+        ValueError: arguments that do not fit each other, batches of different shapes, a `state` of other parameters.
+        NonFiniteError: a loss, term, gradient or validation score is NaN or infinite.
+        Interrupted: SIGTERM, where this runs in the main thread. A second SIGTERM acts at once.
+    """
+    _check_counts(scan_steps, n_steps, log_every, checkpoint_every, validate, validate_every, patience)
+    fresh = init_state(params, tx, key, ema=ema_decay is not None, best=validate is not None)
+    if state is None:
+        state = fresh
+    else:
+        _check_same_form(state, fresh)
+        state = own_copy(state)
+    del fresh
+    start = int(state.step)
+    if start > n_steps:
+        raise ValueError(f"n_steps must be at least the {start} steps that state has done already; got {n_steps}.")
+    patient = _Patience(validate_every, patience)
+    if start == n_steps or patient.is_out(state):
+        return state
+
+    with ExitStack() as stack:
+        for hook in hooks:
+            stack.callback(hook.on_end)
+            hook.on_start(start, n_steps)
+        terminated = stack.enter_context(_sigterm())
+        chunks = _chunks(stream or in_order, batches, start, n_steps, scan_steps)
+        stack.callback(chunks.close)
+        run = _Runner(make_scanned_update(loss_fn, tx, ema_decay), scan_steps, hooks)
+        log = _Log(hooks, log_every, n_steps)
+        last_saved = start
+
+        def save(state: TrainState) -> None:
+            nonlocal last_saved
+            if int(state.step) > last_saved:
+                for hook in hooks:
+                    hook.on_checkpoint(state)
+                last_saved = int(state.step)
+
+        for first, stop, chunk in chunks:
+            if terminated():
+                break
+            state, metrics = run(state, chunk, first, stop)
+            log.add(first, stop, metrics)
+            validating = validate is not None and (stop % validate_every == 0 or stop == n_steps)
+            saving = checkpoint_every is not None and stop % checkpoint_every == 0
+            # Reading the metrics waits for the device. One call behind, it waits for a call that is done.
+            log.flush(state, n_pending=0 if validating or saving or terminated() or stop == n_steps else 1)
+            if validating:
+                state = _validated(state, validate, hooks)
+            if saving:
+                save(state)
+            if terminated() or (validating and patient.is_out(state)):
+                break
+        log.flush(state, n_pending=0)
+        save(state)
+        if terminated() and int(state.step) < n_steps:
+            chunks.close()
+            stack.close()  # the hooks finish writing before the message says so
+            raise Interrupted(int(state.step), _saved(hooks))
+    return state
+
+
+def in_order(batches: Callable[[int], Batch], start: int, stop: int, *, chunk: int) -> Iterator[Any]:
+    """Batches start, ..., stop - 1 stacked `chunk` at a time, made when they are asked for; the last may be fewer."""
+    for first in range(start, stop, chunk):
+        group = [batches(n) for n in range(first, min(first + chunk, stop))]
+        for n, batch in enumerate(group, start=first):
+            _check_same_batch(group[0], batch, n)
+        yield jax.tree.map(_stacked, *group)
+
+
+def _stacked(*leaves: Any) -> Any:
+    return jnp.stack(leaves) if isinstance(leaves[0], jax.Array) else np.stack(leaves)
+
+
+# -- calls of the compiled update
+
+
+class _Runner:
+    """Compiles for the first chunk that comes, tells the hooks how long it took, and runs every chunk with that."""
+
+    def __init__(self, update: Any, scan_steps: int, hooks: Sequence[Hook]):
+        self.update, self.scan_steps, self.hooks = update, scan_steps, hooks
+        self.compiled = None
+
+    def __call__(self, state: TrainState, chunk: Any, first: int, stop: int) -> tuple[TrainState, Any]:
+        n = stop - first
+        chunk = jax.tree.map(lambda leaf: _padded(leaf, n, self.scan_steps), chunk)
+        inner = state._replace(best=None)  # no business of the update
+        args = (inner, chunk, jnp.int32(first), jnp.int32(n))
+        if self.compiled is None:
+            began = time.perf_counter()
+            self.compiled = jax.jit(self.update, donate_argnums=0).lower(*args).compile()
+            self.example = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), chunk)
+            for hook in self.hooks:
+                hook.on_compiled(time.perf_counter() - began)
+        _check_same_batch(self.example, chunk, first)
+        inner, metrics = self.compiled(*args)
+        return inner._replace(best=state.best), metrics
+
+
+def _padded(leaf: Any, n: int, length: int) -> Any:
+    """A short chunk in the shape of a full one; the update does not look at what is added."""
+    if leaf.shape[0] != n:
+        raise ValueError(f"stream must yield {n} stacked batches here; got {leaf.shape[0]}.")
+    if n == length:
+        return leaf
+    library = jnp if isinstance(leaf, jax.Array) else np
+    return library.concatenate([leaf, library.repeat(leaf[-1:], length - n, axis=0)])
+
+
+def _chunks(
+    stream: Stream, batches: Callable[[int], Batch], start: int, stop: int, size: int
+) -> Generator[tuple[int, int, Any], None, None]:
+    """(first, stop, stacked batches), cut at multiples of `size` whatever the start."""
+    aligned = min(stop, -(-start // size) * size)
+    for a, b in ((start, aligned), (aligned, stop)):
+        if a == b:
+            continue
+        chunks = iter(stream(batches, a, b, chunk=size))
+        try:
+            for first in range(a, b, size):
+                chunk = next(chunks, None)
+                if chunk is None:
+                    raise ValueError(f"stream ended before step {first}; it must yield the batches up to step {b - 1}.")
+                yield first, min(first + size, b), chunk
+        finally:
+            close = getattr(chunks, "close", None)
+            if close is not None:
+                close()
+
+
+# -- logging, validation
+
+
+class _Log:
+    """Metrics wait here on the device until they are due."""
+
+    def __init__(self, hooks: Sequence[Hook], every: int, n_steps: int):
+        self.hooks, self.every, self.n_steps = hooks, every, n_steps
+        self.pending = []
+
+    def add(self, first: int, stop: int, metrics: Any) -> None:
+        self.pending.append((first, stop, metrics))
+
+    def flush(self, state: TrainState, n_pending: int) -> None:
+        while len(self.pending) > n_pending:
+            first, stop, metrics = self.pending.pop(0)
+            metrics = jax.device_get(metrics)
+            for i, step in enumerate(range(first, stop)):
+                now = {name: float(metrics[name][i]) for name in sorted(metrics, key=_place)}
+                if not now.pop("finite"):
+                    _stop_not_finite(step, now, state, self.hooks)
+                if (step + 1) % self.every == 0 or step + 1 == self.n_steps:
+                    for hook in self.hooks:
+                        hook.on_log(step + 1, now)
+
+
+def _place(name: str) -> tuple[int, str]:
+    """The loss, its terms, the rest: `jit` returns a dict in the order of its keys."""
+    return {"loss": 0, "grad_norm": 2}.get(name, 1), name
+
+
+class _Patience:
+    def __init__(self, every: int, patience: int | None):
+        self.every, self.patience = every, patience
+
+    def is_out(self, state: TrainState) -> bool:
+        if self.patience is None or state.best is None:
+            return False
+        return int(state.step) - int(state.best.step) >= self.patience * self.every
+
+
+def _validated(state: TrainState, validate: Validate, hooks: Sequence[Hook]) -> TrainState:
+    params = state.params if state.ema is None else state.ema
+    scores = {f"validation_{name}": float(value) for name, value in validate(params).items()}
+    if not scores:
+        raise ValueError("validate must return at least one score by name; got none.")
+    step = int(state.step)
+    if not all(map(math.isfinite, scores.values())):
+        _stop_not_finite(step, scores, state, hooks)
+    for hook in hooks:
+        hook.on_log(step, scores)
+    score = next(iter(scores.values()))
+    if score >= float(state.best.score):
+        return state
+    return state._replace(best=Best(jnp.float32(score), jnp.int32(step), own_copy(params)))
+
+
+def _stop_not_finite(step: int, metrics: Mapping[str, float], state: TrainState, hooks: Sequence[Hook]) -> None:
+    bad = [name for name, value in metrics.items() if not math.isfinite(value)]
+    # A term says more than the sum that it spoils.
+    term = next((name for name in bad if name not in ("loss", "grad_norm")), bad[0])
+    raise NonFiniteError(step, term, metrics, state, _saved(hooks))
+
+
+def _saved(hooks: Sequence[Hook]) -> Saved | None:
+    return max((hook.saved for hook in hooks if hook.saved), key=lambda s: s.step, default=None)
+
+
+@contextmanager
+def _sigterm() -> Iterator[Callable[[], bool]]:
+    """Whether SIGTERM has come. Only the main thread may listen; elsewhere the signal does what it does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    came = threading.Event()
+    before = signal.getsignal(signal.SIGTERM)
+    restored = signal.SIG_DFL if before is None else before  # None: set by other code than Python's
+
+    def handle(number: int, frame: Any) -> None:
+        came.set()
+        signal.signal(signal.SIGTERM, restored)
+
+    signal.signal(signal.SIGTERM, handle)
+    try:
+        yield came.is_set
+    finally:
+        signal.signal(signal.SIGTERM, restored)
+
+
+# -- guards
+
+
+def _check_counts(
+    scan_steps: int,
+    n_steps: int,
+    log_every: int,
+    checkpoint_every: int | None,
+    validate: Validate | None,
+    validate_every: int,
+    patience: int | None,
+) -> None:
+    at_least("n_steps", n_steps, 1)
+    at_least("scan_steps", scan_steps, 1)
+    at_least("log_every", log_every, 1)
+    if patience is not None:
+        at_least("patience", patience, 1)
+        if validate is None:
+            raise ValueError(f"patience={patience} needs validate, the scores to be patient about; got None.")
+    multiples = {"checkpoint_every": checkpoint_every, "validate_every": None if validate is None else validate_every}
+    for name, every in multiples.items():
+        if every is None:
+            continue
+        at_least(name, every, 1)
+        if every % scan_steps:
+            near = max(1, round(every / scan_steps)) * scan_steps
+            raise ValueError(
+                f"{name} must be a multiple of scan_steps={scan_steps}, the steps of one call; got {every}. "
+                f"Take {near}, or scan_steps={math.gcd(every, scan_steps)}."
+            )
+
+
+def _check_same_form(state: TrainState, expected: TrainState) -> None:
+    wanted, found = (dict(_by_path(s)) for s in (expected, state))
+    for path in wanted | found:
+        if wanted.get(path) != found.get(path):
+            raise ValueError(
+                f"state is not one of this run: {path} is {found.get(path, 'absent')}; "
+                f"params, tx, ema_decay and validate ask for {wanted.get(path, 'none')}."
+            )
+
+
+def _check_same_batch(example: Any, batch: Any, step: int) -> None:
+    wanted, found = dict(_by_path(example)), dict(_by_path(batch))
+    if jax.tree.structure(example) != jax.tree.structure(batch):
+        raise ValueError(
+            f"all batches must have one structure (static fields included); batch {step} has "
+            f"{jax.tree.structure(batch)}, the first {jax.tree.structure(example)}."
+        )
+    for path in wanted:
+        if wanted[path] != found[path]:
+            raise ValueError(
+                f"all batches must have one shape, for one compilation; {path.lstrip('.') or 'the array'} of batch "
+                f"{step} is {found[path]}, of the first {wanted[path]}. Pad it, with weights of 0."
+            )
+
+
+def _by_path(tree: Any) -> Iterator[tuple[str, str]]:
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
+        yield jax.tree_util.keystr(path), f"{dtype}{list(np.shape(leaf))}"
