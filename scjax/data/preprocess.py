@@ -23,8 +23,8 @@ class Preprocess:
 
     Attributes:
         library_size: whose counts make a cell's total, brought to `target_sum`: "all_genes" of the data;
-            "selected_genes", the `n_top_genes` kept, as scIMF does it, where totals do not tell the depth of a cell; None
-            leaves the counts as they are.
+            "selected_genes", the `n_top_genes` kept, as scIMF does it, though their total does not tell a cell's depth;
+            None leaves the counts as they are.
         target_sum: counts per cell after that.
         log1p: natural log(1 + x).
         n_top_genes: keep the genes of highest normalised dispersion (`most_variable`); None keeps all.

@@ -1,0 +1,242 @@
+"""Populations whose answers are known: interacting particles, an Ornstein-Uhlenbeck process, a shifted Gaussian.
+
+Everything here is NumPy in float64; `to_anndata` turns snapshots into what the rest of `data` reads.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+from scjax.check import at_least, increasing, non_negative, positive
+from scjax.data.spec import AnnData
+
+__all__ = ["GaussianShift", "InteractingParticles", "OrnsteinUhlenbeck", "Snapshots", "to_anndata"]
+
+_N_NAMED = 4  # coordinates with a meaning, before the idle ones
+_U1, _U2, _SIGNAL, _RESPONSE = range(_N_NAMED)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Snapshots:
+    """Cells seen once each: the cells of one time are not those of another.
+
+    Attributes:
+        x: float64[cells, dims].
+        time: of each cell.
+        kind: what each cell is, in words; hidden from a model.
+    """
+
+    x: Float[np.ndarray, "cells dims"]
+    time: Float[np.ndarray, " cells"]
+    kind: np.ndarray
+
+    def at(self, time: float) -> Float[np.ndarray, "n dims"]:
+        return self.x[self.time == time]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InteractingParticles:
+    """A McKean-Vlasov process in which all cells move as a few of them tell, and what those tell changes.
+
+    A state is (u1, u2, signal, response, idle...). With J the quarter turn,
+
+        du        = omega gate(signal) J u dt + sigma dW          gate = 1 for senders, 0 for receivers, smooth between
+        dsignal   = 0                                             senders near +level, receivers around -level
+        dresponse = gain sum_j a_ij u1_j dt + sigma dW
+        didle     = sigma dW
+        a_ij      = exp(sharpness signal_j) / sum_{k != i} exp(sharpness signal_k),     a_ii = 0
+
+    A few senders circle in step from (+radius, 0). The many receivers have u of any direction, which does not turn, so
+    the plain mean of the population drowns the senders: a model has to know whom to listen to. The response of every
+    cell goes to and fro with the senders' u1, so that a receiver comes through the same state with both velocities. No
+    drift f(x) of the cell alone can give it that, unless it carries a clock: a displacement in some coordinate that
+    tells the time. Receivers are spread wide in every coordinate, so that a readable clock is a large error.
+
+    The drift is a function of the states alone: kinds are read off the signal. Without senders
+    (`simulate(n_senders=0)`) the responses hardly move: a known answer to a question never asked in training.
+    """
+
+    n_dims: int = 4
+    radius: float = 3.0  # state units
+    omega: float = 0.5 * np.pi  # radians per time unit: one turn in 4
+    level: float = 3.0  # of the signal, state units
+    gain: float = 1.5  # of the response, per time unit
+    sharpness: float = 2.0  # of the kernel, per state unit of the signal
+    sigma: float = 0.1  # state units per sqrt(time unit)
+    sender_spread: float = 0.3  # standard deviation of u and signal of the senders at the start
+    spread: float = 1.0  # of every other coordinate, and of u and signal of the receivers
+
+    def __post_init__(self):
+        at_least("n_dims", self.n_dims, _N_NAMED)
+        for name in ("radius", "level", "gain", "sharpness", "sender_spread", "spread"):
+            positive(name, getattr(self, name))
+        non_negative("sigma", self.sigma)
+
+    def kernel(self, x: Float[np.ndarray, "cells dims"]) -> Float[np.ndarray, "cells cells"]:
+        """a: how much receiver (row) listens to sender (column). Rows sum to 1, the diagonal is 0."""
+        a = np.broadcast_to(self._loudness(x), (len(x), len(x))).copy()
+        np.fill_diagonal(a, 0.0)
+        return a / a.sum(axis=1, keepdims=True)
+
+    def intrinsic(self, x: Float[np.ndarray, "cells dims"]) -> Float[np.ndarray, "cells dims"]:
+        """The part of the drift that is the cell's own."""
+        f = np.zeros_like(x)
+        speed = self.omega * 0.5 * (1 + np.tanh(6 * x[:, _SIGNAL] / self.level))
+        f[:, _U1], f[:, _U2] = -speed * x[:, _U2], speed * x[:, _U1]
+        return f
+
+    def interaction(self, x: Float[np.ndarray, "cells dims"]) -> Float[np.ndarray, "cells dims"]:
+        """The part that the others give: gain * kernel(x) @ u1, in the response only; zero for a cell alone."""
+        f = np.zeros_like(x)
+        if len(x) > 1:
+            # kernel(x) @ u1 in O(cells): the sums over all, less one's own part
+            loudness = self._loudness(x)
+            heard = np.sum(loudness * x[:, _U1]) - loudness * x[:, _U1]
+            f[:, _RESPONSE] = self.gain * heard / (np.sum(loudness) - loudness)
+        return f
+
+    def drift(self, x: Float[np.ndarray, "cells dims"]) -> Float[np.ndarray, "cells dims"]:
+        return self.intrinsic(x) + self.interaction(x)
+
+    def diffusion(self) -> Float[np.ndarray, " dims"]:
+        g = np.full(self.n_dims, self.sigma)
+        g[_SIGNAL] = 0.0
+        return g
+
+    def start(self, rng: np.random.Generator, *, n_senders: int, n_receivers: int) -> Float[np.ndarray, "cells dims"]:
+        """Cells at time 0, the senders first."""
+        x = self.spread * rng.standard_normal((n_senders + n_receivers, self.n_dims))
+        told = [_U1, _U2, _SIGNAL]
+        x[:n_senders, told] *= self.sender_spread / self.spread
+        x[:n_senders, told] += (self.radius, 0.0, self.level)
+        x[n_senders:, _SIGNAL] -= self.level
+        x[n_senders:, [_U1, _U2]] *= self.radius / (np.sqrt(2) * self.spread)  # as long as a sender's, on average
+        return x
+
+    def simulate(
+        self, times: Sequence[float], *, seed: int, n_senders: int = 40, n_receivers: int = 360, dt: float = 0.01
+    ) -> Snapshots:
+        """A population of its own for each of `times`, all from time 0, by stochastic Heun steps of at most `dt`.
+
+        Raises:
+            ValueError: times that do not increase or begin before 0, dt not positive, fewer than two cells.
+        """
+        times = increasing("times", times)
+        at_least("the first of times", times[0], 0)
+        positive("dt", dt)
+        at_least("the number of cells", n_senders + n_receivers, 2)
+        snapshots = []
+        for i, time in enumerate(times):
+            rng = np.random.default_rng([seed, i])
+            x = self.start(rng, n_senders=n_senders, n_receivers=n_receivers)
+            n_steps = int(np.ceil(time / dt))
+            for _ in range(n_steps):
+                x = self._step(x, time / n_steps, rng.standard_normal(x.shape))
+            snapshots.append(x)
+        kind = np.repeat(("sender", "receiver"), (n_senders, n_receivers))
+        return Snapshots(x=np.concatenate(snapshots), time=np.repeat(times, len(kind)), kind=np.tile(kind, len(times)))
+
+    def mean_response(self, time: float, *, n_senders: int = 40, n_receivers: int = 360) -> float:
+        """Mean response at `time` of infinitely many cells in these proportions, in closed form.
+
+        Signals are Gaussian and independent of u1, so the kernel hears c radius cos(omega t) with c the share of the
+        senders in all loudness.
+        """
+        half_squared = 0.5 * self.sharpness**2
+        senders = n_senders * np.exp(self.sharpness * self.level + half_squared * self.sender_spread**2)
+        receivers = n_receivers * np.exp(-self.sharpness * self.level + half_squared * self.spread**2)
+        heard = self.radius * senders / (senders + receivers)
+        return float(self.gain * heard * np.sin(self.omega * time) / self.omega)
+
+    def _step(self, x: np.ndarray, dt: float, normal: np.ndarray) -> np.ndarray:
+        """Explicit Euler would let the circles grow by 2 % a turn."""
+        dW = self.diffusion() * np.sqrt(dt) * normal
+        f = self.drift(x)
+        return x + 0.5 * (f + self.drift(x + f * dt + dW)) * dt + dW
+
+    def _loudness(self, x: np.ndarray) -> np.ndarray:
+        logits = self.sharpness * x[:, _SIGNAL]
+        return np.exp(logits - logits.max())
+
+
+@dataclass(frozen=True, kw_only=True)
+class OrnsteinUhlenbeck:
+    """Independent cells, dx = -rate (x - centre) dt + sigma dW, Gaussian at time 0 with `start` and `start_std`.
+
+    All coordinates are alike but for their start; mean and covariance are known at every time.
+    """
+
+    start: tuple[float, ...]
+    centre: float = 0.0
+    rate: float = 1.0  # per time unit
+    sigma: float = 0.5  # state units per sqrt(time unit)
+    start_std: float = 0.3
+
+    def __post_init__(self):
+        at_least("the number of coordinates in start", len(self.start), 1)
+        positive("rate", self.rate)
+        non_negative("sigma", self.sigma)
+        non_negative("start_std", self.start_std)
+
+    def drift(self, x: Float[np.ndarray, "cells dims"]) -> Float[np.ndarray, "cells dims"]:
+        return -self.rate * (x - self.centre)
+
+    def mean(self, time: float) -> Float[np.ndarray, " dims"]:
+        return self.centre + np.exp(-self.rate * time) * (np.array(self.start) - self.centre)
+
+    def covariance(self, time: float) -> Float[np.ndarray, "dims dims"]:
+        decay = np.exp(-2 * self.rate * time)
+        variance = decay * self.start_std**2 + self.sigma**2 * (1 - decay) / (2 * self.rate)
+        return variance * np.eye(len(self.start))
+
+    def simulate(self, times: Sequence[float], *, seed: int, n_cells: int) -> Snapshots:
+        """Exact draws: `n_cells` others at each of `times`."""
+        times = increasing("times", times)
+        at_least("the first of times", times[0], 0)
+        rng = np.random.default_rng(seed)
+        x = [
+            self.mean(t) + np.sqrt(self.covariance(t)[0, 0]) * rng.standard_normal((n_cells, len(self.start)))
+            for t in times
+        ]
+        time = np.repeat(times, n_cells)
+        return Snapshots(x=np.concatenate(x), time=time, kind=np.full(len(time), "cell"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GaussianShift:
+    """A standard Gaussian that moves with constant velocity: at time t it is N(t velocity, std^2)."""
+
+    velocity: tuple[float, ...]  # state units per time unit
+    std: float = 1.0
+
+    def __post_init__(self):
+        at_least("the number of coordinates in velocity", len(self.velocity), 1)
+        positive("std", self.std)
+
+    def w2(self, t0: float, t1: float) -> float:
+        """The 2-Wasserstein distance between two times, which is also W1: every cell moves by the same vector."""
+        return float(abs(t1 - t0) * np.linalg.norm(self.velocity))
+
+    def simulate(self, times: Sequence[float], *, seed: int, n_cells: int) -> Snapshots:
+        """`n_cells` others at each of `times`."""
+        times = increasing("times", times)
+        rng = np.random.default_rng(seed)
+        time = np.repeat(times, n_cells)
+        x = time[:, None] * np.array(self.velocity) + self.std * rng.standard_normal((len(time), len(self.velocity)))
+        return Snapshots(x=x, time=time, kind=np.full(len(time), "cell"))
+
+
+def to_anndata(snapshots: Snapshots) -> AnnData:
+    """obsm["latent"] (float32), obs["time"], obs["kind"]; no genes. Read it with
+    `DataSpec(expression="obsm/latent", space="latent", time="time", cell_type="kind")`.
+    """
+    import anndata
+    import pandas as pd
+
+    obs = pd.DataFrame(
+        {"time": snapshots.time, "kind": pd.Categorical(snapshots.kind)},
+        index=[f"cell-{i}" for i in range(len(snapshots.time))],
+    )
+    return anndata.AnnData(obs=obs, obsm={"latent": snapshots.x.astype(np.float32)})
