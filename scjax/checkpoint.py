@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -123,7 +123,7 @@ class CheckpointWriter:
                 self._manager.close()
                 self._quiet.__exit__(None, None, None)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "CheckpointWriter":
         return self
 
     def __exit__(self, *exc: object) -> None:

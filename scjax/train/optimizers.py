@@ -1,14 +1,13 @@
 """From a frozen config to an optax transformation; the defaults are scIMF's."""
 
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from scjax.check import at_least, non_negative, positive, probability
-from scjax.types import Params
 
 __all__ = [
     "Constant",
@@ -136,12 +135,12 @@ def clip_by_norm(max_norm: float) -> optax.GradientTransformation:
     difference: where the first moments are tiny it shows at 1e-5.
     """
 
-    def update(updates: optax.Updates, state: optax.EmptyState, params: Params | None = None):
+    def update(updates: optax.Updates, state: optax.EmptyState, params: optax.Params | None = None):
         factor = jnp.minimum(1.0, max_norm / (optax.tree.norm(updates) + 1e-6))
         return jax.tree.map(lambda g: g * factor.astype(g.dtype), updates), state
 
     return optax.GradientTransformation(optax.init_empty_state, update)
 
 
-def _is_matrix(params: Params) -> Params:
+def _is_matrix(params: optax.Params) -> Any:
     return jax.tree.map(lambda p: p.ndim > 1, params)

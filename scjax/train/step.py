@@ -1,6 +1,6 @@
 """One optimiser step as a pure function of state and batch, and several of them in one compiled call."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import jax
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from scjax.types import Batch, LossFn, Metrics, Params, Scalar
+from scjax.types import Batch, LossFn, Metrics, Params
 
 from .state import TrainState
 
@@ -101,7 +101,7 @@ def _average(params: Params, ema: Params | None, decay: float | None) -> Params 
     return None if ema is None else optax.incremental_update(params, ema, 1.0 - decay)
 
 
-def _check_terms(terms: dict[str, Scalar]) -> None:
+def _check_terms(terms: Mapping[str, Any]) -> None:
     for name, term in terms.items():
         if name in _RESERVED:
             raise ValueError(

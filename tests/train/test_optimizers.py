@@ -1,0 +1,207 @@
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from scjax.config import from_dict, override, to_dict
+from scjax.train.optimizers import (
+    Constant,
+    Cosine,
+    OptimizerConfig,
+    Step,
+    clip_by_norm,
+    learning_rate,
+    make_optimizer,
+)
+
+GOLDENS = Path(os.environ.get("SCJAX_GOLDENS", Path(__file__).parents[3] / "shared" / "goldens")) / "scimf"
+PLAIN = OptimizerConfig(schedule=Constant(), clip_norm=None)
+
+
+def steps_of(config: OptimizerConfig, grads: list, params, n_steps: int | None = None):
+    """Parameters after each gradient in turn."""
+    tx = make_optimizer(config, n_steps or len(grads))
+    state, seen = tx.init(params), []
+    for g in grads:
+        updates, state = tx.update(g, state, params)
+        params = optax.apply_updates(params, updates)
+        seen.append(params)
+    return seen
+
+
+def adam_by_hand(config: OptimizerConfig, grads: list, x, rates: list):
+    """Kingma and Ba, algorithm 1, with decoupled weight decay, in NumPy float64."""
+    m, v, seen = 0.0, 0.0, []
+    for t, (g, rate) in enumerate(zip(grads, rates, strict=True), start=1):
+        m = config.b1 * m + (1 - config.b1) * g
+        v = config.b2 * v + (1 - config.b2) * g**2
+        m_hat, v_hat = m / (1 - config.b1**t), v / (1 - config.b2**t)
+        x = x - rate * (m_hat / (np.sqrt(v_hat) + config.eps) + config.weight_decay * x)
+        seen.append(x)
+    return seen
+
+
+@pytest.mark.usefixtures("x64")
+def test_adam_and_weight_decay_are_the_textbook_s():
+    rng = np.random.default_rng(0)
+    x, grads = rng.normal(size=(3, 2)), list(rng.normal(size=(6, 3, 2)))
+    config = replace(PLAIN, weight_decay=0.1, b1=0.8, b2=0.95, eps=1e-3, schedule=Step(every=2, factor=0.5))
+    rates = [1e-3, 1e-3, 5e-4, 5e-4, 2.5e-4, 2.5e-4]
+    got = steps_of(config, [jnp.asarray(g) for g in grads], jnp.asarray(x))
+    want = adam_by_hand(config, grads, x, rates)
+    # A schedule's rates are float32 whatever the parameters are, hence 6e-8 of each change.
+    np.testing.assert_allclose(np.stack(got) - x, np.stack(want) - x, rtol=5e-7)
+
+
+@pytest.mark.usefixtures("x64")
+def test_weight_decay_spares_vectors():
+    params = {"matrix": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+    zero = jax.tree.map(jnp.zeros_like, params)
+    after = steps_of(replace(PLAIN, weight_decay=0.5, learning_rate=0.1), [zero], params)[-1]
+    np.testing.assert_allclose(after["matrix"], 0.95)  # 1 - 0.1 * 0.5
+    np.testing.assert_array_equal(after["bias"], 1)
+
+
+@pytest.mark.usefixtures("x64")
+def test_first_update_is_the_reference_s():
+    """Recorded with torch: clip to 0.1, then Adam, from a recorded gradient of norm far above 0.1."""
+    if not GOLDENS.is_dir():
+        pytest.skip(f"the recorded numbers of the reference are not at hand: no folder {GOLDENS} (set SCJAX_GOLDENS)")
+    checked = 0
+    for path in sorted(GOLDENS.glob("grad_*.f64.npz")):
+        with np.load(path) as file, np.load(path.with_name(path.name.replace(".f64", ""))) as inputs:
+            names = [k.removeprefix("adam_after1/") for k in file if k.startswith("adam_after1/")]
+            if not names:
+                continue
+            lr, b1, b2, eps, clip = map(float, file["adam/hyper"])
+            config = OptimizerConfig(learning_rate=lr, b1=b1, b2=b2, eps=eps, clip_norm=clip)
+            weights = {k: jnp.asarray(inputs[f"w/{k}"], jnp.float64) for k in names}
+            grads = {k: jnp.asarray(file[f"grad_sink07/{k}"]) for k in names}
+            assert config == OptimizerConfig()  # the defaults are the reference's
+            after = steps_of(config, [grads], weights)[-1]
+            for k in names:
+                np.testing.assert_allclose(
+                    after[k], file[f"adam_after1/{k}"], rtol=0, atol=1e-9, err_msg=k
+                )  # their README's
+            checked += 1
+    assert checked
+
+
+@pytest.mark.usefixtures("x64")
+def test_clipping_is_torch_s():
+    """min(1, c / (norm + 1e-6)): at the bound itself torch already shrinks a little, where optax does not."""
+    g = {"a": jnp.array([3.0, 0.0]), "b": jnp.array(4.0)}  # norm 5
+    for bound, factor in [(0.1, 0.1 / (5 + 1e-6)), (5.0, 5 / (5 + 1e-6)), (5.1, 1.0)]:
+        clipped, _ = clip_by_norm(bound).update(g, optax.EmptyState())
+        np.testing.assert_allclose(clipped["a"], np.array([3.0, 0.0]) * factor, rtol=1e-15)
+        np.testing.assert_allclose(clipped["b"], 4.0 * factor, rtol=1e-15)
+
+
+def test_clipping_comes_before_the_moments():
+    """A gradient scaled by a thousand takes the same step: what Adam sees is clipped."""
+    params, g = jnp.ones(3), jnp.array([1.0, 2.0, -2.0])
+    config = OptimizerConfig(clip_norm=0.1, eps=1.0)  # a large eps, so that Adam forgets no scale
+    one, thousand = (steps_of(config, [g * s], params)[-1] for s in (1.0, 1000.0))
+    np.testing.assert_allclose(one - 1, thousand - 1, rtol=1e-4)
+    free = steps_of(replace(config, clip_norm=None), [g], params)[-1]
+    assert np.abs(free - 1).max() > 2 * np.abs(one - 1).max()
+
+
+@pytest.mark.parametrize(
+    ("schedule", "n_warmup", "expected"),
+    [
+        (Constant(), 0, [1, 1, 1, 1, 1, 1, 1]),
+        (Constant(), 2, [1 / 3, 2 / 3, 1, 1, 1, 1, 1]),
+        (Step(every=2, factor=0.9), 0, [1, 1, 0.9, 0.9, 0.81, 0.81, 0.729]),
+        (Step(every=2, factor=0.9), 3, [0.25, 0.5, 0.75, 1, 1, 0.9, 0.9]),
+        (Cosine(), 0, [(1 + np.cos(np.pi * i / 6)) / 2 for i in range(7)]),
+        (Cosine(final_fraction=0.2), 2, [1 / 3, 2 / 3, *(0.2 + 0.4 * (1 + np.cos(np.pi * i / 4)) for i in range(5))]),
+    ],
+)
+def test_learning_rates(schedule, n_warmup, expected):
+    config = OptimizerConfig(learning_rate=0.3, schedule=schedule, n_warmup=n_warmup)
+    rate = learning_rate(config, 7)
+    np.testing.assert_allclose([rate(i) for i in range(7)], 0.3 * np.array(expected), rtol=1e-5, atol=1e-8)
+
+
+def test_the_reference_s_rates():
+    rate = learning_rate(OptimizerConfig(), 3000)
+    for n in (0, 99, 100, 199, 200, 2999):
+        np.testing.assert_allclose(rate(n), 1e-3 * 0.9 ** (n // 100), rtol=1e-5)
+
+
+def test_accumulation_averages_gradients_and_counts_updates():
+    """Three batches an update, equal to one update on their mean; the schedule counts updates."""
+    rng = np.random.default_rng(1)
+    grads = jnp.asarray(rng.normal(size=(6, 4)), jnp.float32)
+    params = jnp.zeros(4)
+    config = OptimizerConfig(schedule=Step(every=1, factor=0.1), clip_norm=0.5)
+    whole = steps_of(config, [grads[:3].mean(0), grads[3:].mean(0)], params)
+    parts = steps_of(replace(config, accumulate=3), list(grads), params)
+    np.testing.assert_array_equal(parts[1], params)  # nothing moves within a group
+    np.testing.assert_allclose(parts[2], whole[0], rtol=1e-5)
+    np.testing.assert_allclose(parts[5], whole[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("learning_rate", 2e-3),
+        ("schedule", Constant()),
+        ("n_warmup", 1),
+        ("b1", 0.5),
+        ("b2", 0.5),
+        ("eps", 1e-2),
+        ("weight_decay", 0.1),
+        ("clip_norm", 10.0),
+        ("accumulate", 2),
+    ],
+)
+def test_no_dead_knob(field, value):
+    """Each field changes what four gradients do to a matrix."""
+    base = OptimizerConfig(schedule=Step(every=2, factor=0.5))
+    grads = [jnp.full((2, 2), s) for s in (1.0, -0.01, 0.02, 2.0)]  # two of them below the clipping norm
+    one, other = (np.stack(steps_of(c, grads, jnp.ones((2, 2)))) for c in (base, replace(base, **{field: value})))
+    assert np.abs(one - other).max() > 1e-5
+
+
+def test_config_survives_json_and_overrides():
+    config = OptimizerConfig(schedule=Cosine(final_fraction=0.1), clip_norm=None)
+    assert from_dict(OptimizerConfig, to_dict(config)) == config
+    changed = override(config, {"schedule.kind": "Step", "schedule.every": "7", "clip_norm": "0.2"})
+    assert changed == OptimizerConfig(schedule=Step(every=7), clip_norm=0.2)
+    assert hash(changed) != hash(config)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"learning_rate": 0.0}, "learning_rate must be a positive number; got 0.0"),
+        ({"n_warmup": -1}, "n_warmup must be at least 0"),
+        ({"b1": 1.0}, "b1 must lie in"),
+        ({"b2": -0.1}, "b2 must lie in"),
+        ({"eps": 0.0}, "eps must be a positive"),
+        ({"weight_decay": -1.0}, "weight_decay must be zero or"),
+        ({"clip_norm": 0.0}, "clip_norm must be a positive"),
+        ({"accumulate": 0}, "accumulate must be at least 1"),
+    ],
+)
+def test_bad_values_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        OptimizerConfig(**change)
+
+
+def test_runs_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="every must be at least 1; got 0"):
+        Step(every=0)
+    with pytest.raises(ValueError, match="final_fraction must be zero or"):
+        Cosine(final_fraction=-0.1)
+    with pytest.raises(ValueError, match="accumulate must divide n_steps.*accumulate=3, n_steps=10"):
+        make_optimizer(OptimizerConfig(accumulate=3), 10)
+    with pytest.raises(ValueError, match="n_warmup must be less than the number of updates, 5; got 5"):
+        make_optimizer(OptimizerConfig(n_warmup=5, accumulate=2), 10)
