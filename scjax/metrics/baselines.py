@@ -5,7 +5,7 @@ A "forecast" is a `t` after the last training time.
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from jaxtyping import Float
@@ -32,6 +32,8 @@ __all__ = [
     "training_free",
 ]
 
+Time: TypeAlias = float | int  # in the unit of the data set
+
 
 class Baseline(NamedTuple):
     """The cells that a rule predicts, or None with the reason why it predicts none here."""
@@ -40,13 +42,13 @@ class Baseline(NamedTuple):
     note: str
 
 
-def nearest_earlier(snapshots: Mapping[float, Cells], t: float) -> Float[np.ndarray, "_ dims"]:
+def nearest_earlier(snapshots: Mapping[Time, Cells], t: Time) -> Float[np.ndarray, "_ dims"]:
     """The cells of the last training time before `t`, unchanged."""
     times, cells = _checked(snapshots, t)
     return cells[_earlier(times, t)]
 
 
-def nearest_later(snapshots: Mapping[float, Cells], t: float) -> Float[np.ndarray, "_ dims"]:
+def nearest_later(snapshots: Mapping[Time, Cells], t: Time) -> Float[np.ndarray, "_ dims"]:
     """The cells of the first training time after `t`, unchanged.
 
     Raises:
@@ -56,7 +58,7 @@ def nearest_later(snapshots: Mapping[float, Cells], t: float) -> Float[np.ndarra
     return cells[_later(times, t)]
 
 
-def linear_interpolation(snapshots: Mapping[float, Cells], t: float) -> Float[np.ndarray, "_ dims"]:
+def linear_interpolation(snapshots: Mapping[Time, Cells], t: Time) -> Float[np.ndarray, "_ dims"]:
     """The nearest earlier cells, shifted as one so that their mean lies on a straight line through two means.
 
     The line goes through the means of the neighbouring training times; for a forecast through those of the last two,
@@ -78,7 +80,7 @@ def linear_interpolation(snapshots: Mapping[float, Cells], t: float) -> Float[np
 
 
 def ot_displacement(
-    snapshots: Mapping[float, Cells], t: float, *, max_exact: int = MAX_EXACT
+    snapshots: Mapping[Time, Cells], t: float, *, max_exact: int = MAX_EXACT
 ) -> tuple[Float[np.ndarray, "points dims"], Float[np.ndarray, " points"]]:
     """McCann's displacement interpolation between the neighbouring training times, as points with mass.
 
@@ -97,7 +99,7 @@ def ot_displacement(
 
 
 def ot_interpolation(
-    snapshots: Mapping[float, Cells], t: float, *, n_cells: int | None = None, seed: int, max_exact: int = MAX_EXACT
+    snapshots: Mapping[Time, Cells], t: float, *, n_cells: int | None = None, seed: int, max_exact: int = MAX_EXACT
 ) -> Float[np.ndarray, "_ dims"]:
     """`n_cells` cells drawn from the displacement interpolation (`ot_displacement`), in random order.
 
@@ -118,7 +120,7 @@ def ot_interpolation(
 
 
 def training_free(
-    snapshots: Mapping[float, Cells], t: float, *, n_cells: int | None = None, seed: int, max_exact: int = MAX_EXACT
+    snapshots: Mapping[Time, Cells], t: float, *, n_cells: int | None = None, seed: int, max_exact: int = MAX_EXACT
 ) -> dict[str, Baseline]:
     """All baselines for a table, by name; one that is not defined for this `t` has no cells and says why."""
     times, _ = _checked(snapshots, t)
