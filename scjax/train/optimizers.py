@@ -1,54 +1,17 @@
 """From a frozen config to an optax transformation; the defaults are scIMF's."""
 
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from scjax.check import at_least, non_negative, positive, probability
+from scjax.check import at_least, non_negative, one_of, positive, probability
 
-__all__ = [
-    "Constant",
-    "Cosine",
-    "OptimizerConfig",
-    "Schedule",
-    "Step",
-    "clip_by_norm",
-    "learning_rate",
-    "make_optimizer",
-]
+__all__ = ["OptimizerConfig", "clip_by_norm", "learning_rate", "make_optimizer"]
 
-
-@dataclass(frozen=True, kw_only=True)
-class Constant:
-    """The learning rate does not change after the warm-up."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Step:
-    """Times `factor` after every `every` updates; every 100 updates by 0.9 in scIMF."""
-
-    every: int = 100
-    factor: float = 0.9
-
-    def __post_init__(self):
-        at_least("every", self.every, 1)
-        positive("factor", self.factor)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cosine:
-    """Half a cosine from the peak at the end of the warm-up to `final_fraction` of it at the last update."""
-
-    final_fraction: float = 0.0
-
-    def __post_init__(self):
-        non_negative("final_fraction", self.final_fraction)
-
-
-Schedule: TypeAlias = Constant | Step | Cosine
+_OF_SCHEDULE = {"decay_every": "step", "decay_factor": "step", "final_fraction": "cosine"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +19,16 @@ class OptimizerConfig:
     """Adam with decoupled weight decay, clipping, warm-up and accumulation. Every default is scIMF's.
 
     An update is one change of the parameters: a step of training where `accumulate` is 1, and `accumulate` steps
-    otherwise. Schedule and warm-up count updates.
+    otherwise. Warm-up and schedule count updates. The schedules, from the peak at the end of the warm-up on:
+    "constant"; "step", times `decay_factor` after every `decay_every` updates; "cosine", half a cosine down to
+    `final_fraction` of the peak at the last update. A field of a schedule that is not chosen must be left alone.
     """
 
     learning_rate: float = 1e-3  # at the peak
-    schedule: Schedule = Step()
+    schedule: Literal["constant", "step", "cosine"] = "step"
+    decay_every: int = 100  # updates
+    decay_factor: float = 0.9
+    final_fraction: float = 0.0  # of the peak
     n_warmup: int = 0  # updates on which the rate climbs in a line from 0; the schedule begins after them
     b1: float = 0.9
     b2: float = 0.999
@@ -71,6 +39,17 @@ class OptimizerConfig:
 
     def __post_init__(self):
         positive("learning_rate", self.learning_rate)
+        one_of("schedule", self.schedule, ("constant", "step", "cosine"))
+        at_least("decay_every", self.decay_every, 1)
+        positive("decay_factor", self.decay_factor)
+        non_negative("final_fraction", self.final_fraction)
+        for f in fields(self):
+            owner = _OF_SCHEDULE.get(f.name, self.schedule)
+            if owner != self.schedule and getattr(self, f.name) != f.default:
+                raise ValueError(
+                    f"{f.name} is of schedule={owner!r} and does nothing with {self.schedule!r}; "
+                    f"leave it at {f.default}, got {getattr(self, f.name)}."
+                )
         at_least("n_warmup", self.n_warmup, 0)
         probability("b1", self.b1)
         probability("b2", self.b2)
@@ -120,11 +99,11 @@ def learning_rate(config: OptimizerConfig, n_updates: int) -> optax.Schedule:
 
 
 def _after_warmup(config: OptimizerConfig, n_updates: int) -> optax.Schedule:
-    peak, schedule = config.learning_rate, config.schedule
-    if isinstance(schedule, Step):
-        return optax.exponential_decay(peak, schedule.every, schedule.factor, staircase=True)
-    if isinstance(schedule, Cosine):
-        return optax.cosine_decay_schedule(peak, max(n_updates - 1, 1), alpha=schedule.final_fraction)
+    peak = config.learning_rate
+    if config.schedule == "step":
+        return optax.exponential_decay(peak, config.decay_every, config.decay_factor, staircase=True)
+    if config.schedule == "cosine":
+        return optax.cosine_decay_schedule(peak, max(n_updates - 1, 1), alpha=config.final_fraction)
     return optax.constant_schedule(peak)
 
 

@@ -16,10 +16,10 @@ import numpy as np
 from scjax.checkpoint import CheckpointWriter, list_steps, read
 from scjax.train.hooks import JsonlLogger, SaveCheckpoints
 from scjax.train.loop import fit
-from scjax.train.optimizers import OptimizerConfig, Step, make_optimizer
+from scjax.train.optimizers import OptimizerConfig, make_optimizer
 from scjax.train.state import TrainState, init_state
 
-CONFIG = OptimizerConfig(learning_rate=1e-2, schedule=Step(every=4, factor=0.8), n_warmup=3)
+CONFIG = OptimizerConfig(learning_rate=1e-2, decay_every=4, decay_factor=0.8, n_warmup=3)
 KEY = jax.random.key(1)
 
 
