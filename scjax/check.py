@@ -63,7 +63,7 @@ def finite(name: str, values: np.ndarray) -> None:
         )
 
 
-def increasing(name: str, values: Iterable[float]) -> tuple[float, ...]:
+def increasing(name: str, values: Iterable[Any]) -> tuple[float, ...]:
     """The values as floats, strictly increasing."""
     values = tuple(float(v) for v in values)
     for before, after in zip(values, values[1:], strict=False):

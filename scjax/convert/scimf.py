@@ -1,13 +1,15 @@
 """scIMF state dicts of the PyTorch reference -> parameters and config of `models.scimf`.
 
-| state dict                                            | scjax                                             |
-|-------------------------------------------------------|---------------------------------------------------|
-| drift_intra.net.net.linear1, linear2, ..., linear      | drift / intrinsic / hidden_0, hidden_1, ..., output |
-| drift_inter.trm_inter.<l>.norm1, Vnet, norm2           | drift / interaction_<l> / norm_query_key, norm_value, norm_feedforward |
-| drift_inter.trm_inter.<l>.attn.q_proj, k_proj, v_proj  | drift / interaction_<l> / query, key, value       |
-| drift_inter.trm_inter.<l>.fc1, fc2                     | drift / interaction_<l> / feedforward / hidden_0, output |
-| diffusion.sigma (buffer or parameter)                  | config.sigma, or diffusion / sigma                |
-| diffusion.sigma._model.0, 2, ...                       | diffusion / mlp / hidden_0, hidden_1, ..., output |
+| state dict                                           | parameters                                          |
+|------------------------------------------------------|-----------------------------------------------------|
+| drift_intra.net.net.linear1, linear2, ..., linear    | drift.intrinsic.hidden_0, hidden_1, ..., output     |
+| drift_inter.trm_inter.<l>.norm1, Vnet                | drift.interaction_<l>.norm_query_key, norm_value    |
+| drift_inter.trm_inter.<l>.norm2                      | drift.interaction_<l>.norm_feedforward              |
+| drift_inter.trm_inter.<l>.attn.q_proj, k_proj, v_proj | drift.interaction_<l>.query, key, value            |
+| drift_inter.trm_inter.<l>.fc1, fc2                   | drift.interaction_<l>.feedforward.hidden_0, output  |
+| diffusion.sigma (constant)                           | config.sigma                                        |
+| diffusion.sigma (trained)                            | diffusion.sigma                                     |
+| diffusion.sigma._model.0, 2, ...                     | diffusion.mlp.hidden_0, hidden_1, ..., output       |
 """
 
 import re

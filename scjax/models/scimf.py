@@ -72,6 +72,7 @@ class Config:
     `losses.annealed_sinkhorn_divergence`). "converged" iterates on ott-jax until the marginals are met."""
     blur: float = 0.1  # root of the transport's temperature, state units
     scaling: float = 0.7  # of "annealed": ratio of successive blurs
+    sinkhorn_threshold: float = 1e-3  # of "converged": the largest total error of a marginal
     sinkhorn_iterations: int = 20_000  # of "converged": at most
     sinkhorn_weight: float = 1.0
     energy_weight: float = 1.0
@@ -85,9 +86,10 @@ class Config:
             for width in getattr(self, name):
                 at_least(f"each of {name}", width, 1)
         if self.n_dims % self.n_heads:
+            divisors = ", ".join(str(h) for h in range(1, self.n_dims + 1) if self.n_dims % h == 0)
             raise ValueError(
                 f"n_heads must divide n_dims; got n_heads={self.n_heads}, n_dims={self.n_dims}. "
-                f"Divisors of {self.n_dims}: {', '.join(str(h) for h in range(1, self.n_dims + 1) if self.n_dims % h == 0)}."
+                f"Take one of {divisors}, or another number of dimensions."
             )
         one_of("diffusion", self.diffusion, ("constant", "learned", "mlp"))
         one_of("sinkhorn", self.sinkhorn, ("annealed", "converged"))
@@ -95,6 +97,7 @@ class Config:
         non_negative("sigma", self.sigma)
         positive("dt", self.dt)
         positive("blur", self.blur)
+        positive("sinkhorn_threshold", self.sinkhorn_threshold)
         positive("scaling", self.scaling)
         probability("scaling", self.scaling)
         non_negative("sinkhorn_weight", self.sinkhorn_weight)
@@ -223,7 +226,7 @@ def drift(
 
 
 def diffusion(params: Params, x: Float[Array, "cells dims"], *, config: Config) -> Float[Array, "cells dims"]:
-    """g of each cell and coordinate, state units per sqrt(time unit); a learned one may be negative (same law)."""
+    """Noise strength g of each cell and coordinate, state units per sqrt(time unit); a learned one may be negative (same law)."""
     _check_width("x", x, config)
     if config.diffusion == "constant":
         return jnp.full_like(x, config.sigma)
@@ -347,7 +350,14 @@ def _annealed(config, population):
 
 def _converged(config, population):
     target, weights, x, _ = population
-    return solve_sinkhorn(target, x, blur=config.blur, a=weights, max_iterations=config.sinkhorn_iterations)
+    return solve_sinkhorn(
+        target,
+        x,
+        blur=config.blur,
+        a=weights,
+        threshold=config.sinkhorn_threshold,
+        max_iterations=config.sinkhorn_iterations,
+    )
 
 
 def target_self_transport(batch: TimeSeriesBatch, *, config: Config) -> Float[Array, " times"]:

@@ -73,10 +73,10 @@ def time_grid(ts: Sequence[float] | np.ndarray, dt: float) -> Grid:
 def brownian_increments(
     key: PRNGKeyArray,
     dts: Float[np.ndarray, " steps"],
-    shape: tuple[int, ...],
+    shape: tuple[int, int],
     dtype: Any = jnp.float32,
     first_step: int = 0,
-) -> Float[Array, "steps *shape"]:
+) -> Float[Array, "steps cells dims"]:
     """The noise that `simulate` draws with this key: dW_k ~ N(0, dts_k), a function of (key, k) alone."""
     steps = first_step + jnp.arange(len(dts))
     return jax.lax.map(
@@ -96,7 +96,7 @@ class _ItoTerm(diffrax.AbstractTerm):
     """
 
     drift: Drift
-    diffusion: Diffusion
+    diffusion: Diffusion | None
     dts: Array
     increment: Callable[[Array], Array] | None
 
