@@ -142,7 +142,7 @@ class Metric(NamedTuple):
     """A named number that compares predicted with real cells.
 
     Attributes:
-        definition: in words, for the foot of a table; two metrics of one name and two definitions are two metrics.
+        definition: in words, for the foot of a table; values under two definitions are not comparable.
         unit: of the value, where the unit of the cells' coordinates is "x".
         direction: "lower is better" or "higher is better".
         fn: (predicted, real) -> value.

@@ -220,7 +220,9 @@ def render(table: ResultTable) -> str:
     if last:
         lines += [rule, *map(aligned, last)]
     lines.append(rule)
-    drawn = f"{table.n_cells} cells of each population, mean of {table.n_draws} draws; "
+    whole = any(c.n_draws < table.n_draws for row in table.rows for c in row.comparisons)
+    drawn = f"{table.n_cells} cells of each population, mean of {table.n_draws} draws"
+    drawn += " (of one, where both populations are used whole); " if whole else "; "
     lines.append(drawn + "± is the standard deviation over " + ("seeds" if several else "draws of cells"))
     if several:
         lines[-1] += " (rows with one seed: over draws)"
@@ -253,6 +255,7 @@ def to_json_dict(table: ResultTable) -> dict[str, Any]:
                 "note": row.note,
                 "n_seeds": len(row.comparisons),
                 "n_cells": [c.n_cells for c in row.comparisons],
+                "n_draws": [c.n_draws for c in row.comparisons],
                 "repeated": [c.repeated for c in row.comparisons],
                 "n_nonfinite_cells": row.n_nonfinite,
                 "scores": {

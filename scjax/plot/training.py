@@ -45,10 +45,13 @@ def loss_terms(
     validation only, leave it out. Values that are not finite leave a gap in the line.
 
     Raises:
-        ValueError: a term that no row has, or, on a logarithmic axis, one that is never positive.
+        ValueError: a row without a step, a term that no row has, or, on a logarithmic axis, one that is never positive.
     """
     if isinstance(rows, str | Path):
         rows = read_metrics(rows)
+    for number, row in enumerate(rows, start=1):
+        if "step" not in row:
+            raise ValueError(f'every row must have a "step"; row {number} has {", ".join(row) or "nothing"}.')
     known = sorted({name for row in rows for name in row if name != "step"})
     curves = {}
     for term in terms:

@@ -35,6 +35,7 @@ def test_terms_are_drawn_over_their_steps(tmp_path):
     ("call", "message"),
     [
         (lambda: loss_terms(ROWS, ("sinkhron",)), "Did you mean 'sinkhorn'"),
+        (lambda: loss_terms([{"loss": 1.0}]), 'must have a "step"; row 1 has loss'),
         (lambda: loss_terms([{"step": 1, "a": -1.0}], ("a",)), "never positive"),
     ],
 )
