@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 from scjax.checkpoint import CheckpointWriter
 
@@ -51,11 +51,11 @@ class Progress(Hook):
 
     Args:
         cells_per_step: shows cells per second too.
-        file: where to write, stderr if None. Unless it is a terminal nothing is shown;
+        file: an open text file, stderr if None. Unless it is a terminal nothing is shown;
         force: with this, a plain line at every tenth of the run.
     """
 
-    def __init__(self, cells_per_step: int | None = None, *, file: TextIO | None = None, force: bool = False):
+    def __init__(self, cells_per_step: int | None = None, *, file: Any = None, force: bool = False):
         self.cells_per_step = cells_per_step
         self.file = sys.stderr if file is None else file
         self.terminal = self.file.isatty()
