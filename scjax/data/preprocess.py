@@ -1,6 +1,6 @@
 """Expression to the space of a model and back: statistics of training cells only, and the affine map they define."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from scjax.data.spec import Space
 __all__ = ["Preprocess", "Transform", "fit", "most_variable", "preprocess_for"]
 
 _CHUNK = 4096  # cells that are normalised together
-_FULL_SVD = 3000  # the smaller side up to which an exact decomposition of all components is quick
+_EIGH = 5000  # genes up to which the eigenvectors of their covariance are quick
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,11 +83,11 @@ class Transform:
     def n_dims(self) -> int:
         return len(self.feature_names) if self.components is None else len(self.components)
 
-    def normalise(self, x: Any, feature_names: Sequence[str]) -> Float[np.ndarray, "n genes"]:
+    def normalise(self, x: Any, feature_names: Iterable[str]) -> Float[np.ndarray, "n genes"]:
         """The kept genes after library size and log1p, before scaling, in float64. `x` as for `apply`."""
         return np.concatenate([part for _, part in self._normalised(x, feature_names)])
 
-    def apply(self, x: Any, feature_names: Sequence[str], dtype: Any = np.float32) -> Float[np.ndarray, "n dims"]:
+    def apply(self, x: Any, feature_names: Iterable[str], dtype: Any = np.float32) -> Float[np.ndarray, "n dims"]:
         """Cells in the model's space; computed in float64, given as `dtype`.
 
         `x`, an array or a SciPy sparse matrix cells x features, is aligned by name: another order of the genes is the
@@ -143,7 +143,7 @@ class Transform:
             raise ValueError(f"The last axis must have this Transform's {self.n_dims} dims; got shape {z.shape}.")
         return (z if self.components is None else z @ self.components) * self.std
 
-    def _normalised(self, x: Any, feature_names: Sequence[str]) -> Iterator[tuple[slice, np.ndarray]]:
+    def _normalised(self, x: Any, feature_names: Iterable[str]) -> Iterator[tuple[slice, np.ndarray]]:
         columns = _columns(self.input_names, _names(x, feature_names))
         position = {name: i for i, name in enumerate(self.input_names)}
         kept = np.array([position[name] for name in self.feature_names])
@@ -151,7 +151,7 @@ class Transform:
             yield rows, _normalise(part[:, columns], kept, self.preprocess)
 
 
-def fit(preprocess: Preprocess, x_train: Any, feature_names: Sequence[str], space: Space) -> Transform:
+def fit(preprocess: Preprocess, x_train: Any, feature_names: Iterable[str], space: Space) -> Transform:
     """The Transform of these training cells, and of no others.
 
     Args:
@@ -276,7 +276,8 @@ def _principal_components(z: np.ndarray, n_components: int) -> tuple[np.ndarray,
             f"n_components must be at most {smaller}, the smaller of {z.shape[0]} training cells and {z.shape[1]} "
             f"genes; got {n_components}."
         )
-    solver = "full" if smaller <= _FULL_SVD or n_components == smaller else "arpack"
+    # All three are exact, and the same to ten digits; arpack cannot find the last component.
+    solver = "covariance_eigh" if z.shape[1] <= _EIGH else "arpack" if n_components < smaller else "full"
     pca = PCA(n_components, svd_solver=solver, random_state=0).fit(z)
     strongest = np.take_along_axis(pca.components_, np.abs(pca.components_).argmax(axis=1)[:, None], axis=1)
     return pca.components_ * np.where(strongest < 0, -1.0, 1.0), pca.explained_variance_
@@ -310,7 +311,7 @@ def _chunks(x: Any) -> Iterator[tuple[slice, np.ndarray]]:
         yield rows, np.asarray(part.toarray() if sparse.issparse(part) else part, np.float64)
 
 
-def _names(x: Any, feature_names: Sequence[str]) -> tuple[str, ...]:
+def _names(x: Any, feature_names: Iterable[str]) -> tuple[str, ...]:
     names = tuple(map(str, feature_names))
     if x.shape[0] == 0 or len(x.shape) != 2 or x.shape[1] != len(names):
         raise ValueError(

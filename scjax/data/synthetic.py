@@ -54,8 +54,9 @@ class InteractingParticles:
     drift f(x) of the cell alone can give it that, unless it carries a clock: a displacement in some coordinate that
     tells the time. Receivers are spread wide in every coordinate, so that a readable clock is a large error.
 
-    The drift is a function of the states alone: kinds are read off the signal. Without senders
-    (`simulate(n_senders=0)`) the responses hardly move: a known answer to a question never asked in training.
+    The drift is a function of the states alone: kinds are read off the signal. Without senders (`n_senders=0`) all
+    listen to the loudest receivers, who do not turn, and no response comes back: a known answer to a question that is
+    never asked in training.
     """
 
     n_dims: int = 4
@@ -83,7 +84,7 @@ class InteractingParticles:
     def intrinsic(self, x: Float[np.ndarray, "cells dims"]) -> Float[np.ndarray, "cells dims"]:
         """The part of the drift that is the cell's own."""
         f = np.zeros_like(x)
-        speed = self.omega * 0.5 * (1 + np.tanh(6 * x[:, _SIGNAL] / self.level))
+        speed = self.omega * 0.5 * (1 + np.tanh(10 * (x[:, _SIGNAL] / self.level - 0.5)))
         f[:, _U1], f[:, _U2] = -speed * x[:, _U2], speed * x[:, _U1]
         return f
 
@@ -124,7 +125,7 @@ class InteractingParticles:
             ValueError: times that do not increase or begin before 0, dt not positive, fewer than two cells.
         """
         times = increasing("times", times)
-        at_least("the first of times", times[0], 0)
+        non_negative("the first of times", times[0])
         positive("dt", dt)
         at_least("the number of cells", n_senders + n_receivers, 2)
         snapshots = []
@@ -194,7 +195,7 @@ class OrnsteinUhlenbeck:
     def simulate(self, times: Sequence[float], *, seed: int, n_cells: int) -> Snapshots:
         """Exact draws: `n_cells` others at each of `times`."""
         times = increasing("times", times)
-        at_least("the first of times", times[0], 0)
+        non_negative("the first of times", times[0])
         rng = np.random.default_rng(seed)
         x = [
             self.mean(t) + np.sqrt(self.covariance(t)[0, 0]) * rng.standard_normal((n_cells, len(self.start)))
