@@ -1,0 +1,39 @@
+"""The recorded numbers of the reference implementations: found by folder, read without pickles."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+FOLDER = Path(os.environ.get("SCJAX_GOLDENS", Path(__file__).parents[3] / "shared" / "goldens"))
+
+
+def cases(model: str, kinds: tuple[str, ...]) -> dict[str, list[str]]:
+    """Case names of each kind; a kind is the part of a file's name that `kinds` lists.
+
+    A file of an unknown kind gets the kind "unknown", which a test must fail.
+    """
+    found: dict[str, list[str]] = {kind: [] for kind in (*kinds, "unknown")}
+    folder = FOLDER / model
+    names = sorted({p.name.removesuffix(".npz").removesuffix(".f64") for p in folder.glob("*.npz")})
+    for name in names:
+        kind = next((k for k in kinds if name.startswith(k)), "unknown")
+        found[kind].append(name)
+    return found
+
+
+def require(model: str) -> None:
+    if not (FOLDER / model).is_dir():
+        pytest.skip(
+            f"the recorded numbers of the reference are not at hand: no folder {FOLDER / model} (set SCJAX_GOLDENS)"
+        )
+
+
+def load(model: str, case: str, suffix: str = "") -> dict[str, np.ndarray]:
+    with np.load(FOLDER / model / f"{case}{suffix}.npz", allow_pickle=False) as file:
+        return dict(file)
+
+
+def under(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
