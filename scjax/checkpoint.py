@@ -16,9 +16,11 @@ import importlib.metadata
 import json
 import logging
 import platform
+import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,18 +69,21 @@ class CheckpointWriter:
 
         import orbax.checkpoint as ocp
 
-        self._quiet = _quiet_orbax()
-        self._quiet.__enter__()
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._manager = ocp.CheckpointManager(
-            self.directory,
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep,
-                create=False,
-                enable_async_checkpointing=True,
-                cleanup_tmp_directories=True,  # left by a process that was killed while writing
-            ),
-        )
+        with ExitStack() as stack:
+            stack.enter_context(_quiet_orbax())  # until the writer is closed: orbax talks from its threads
+            self._manager = ocp.CheckpointManager(
+                self.directory,
+                options=ocp.CheckpointManagerOptions(
+                    max_to_keep=keep,
+                    create=False,
+                    enable_async_checkpointing=True,
+                    cleanup_tmp_directories=True,  # left by a process that was killed while writing
+                ),
+            )
+            stack.callback(self._manager.close)
+            self._stack = stack.pop_all()
+        self.last_step = resume_from  # the newest step that this run can be taken up from
         self._open = True
 
     def save(self, step: int, arrays: Mapping[str, Any]) -> None:
@@ -108,6 +113,7 @@ class CheckpointWriter:
             ),
             force=True,
         )
+        self.last_step = step
 
     def wait(self) -> None:
         """Blocks until every checkpoint handed to `save` is on the disk; raises what went wrong in writing it."""
@@ -117,11 +123,8 @@ class CheckpointWriter:
         """Waits, and frees the threads. Closing twice does nothing."""
         if self._open:
             self._open = False
-            try:
+            with self._stack:
                 self._manager.wait_until_finished()
-            finally:
-                self._manager.close()
-                self._quiet.__exit__(None, None, None)
 
     def __enter__(self) -> "CheckpointWriter":
         return self
@@ -384,7 +387,7 @@ def _restored(path: Path, wanted: Any, problem: str) -> Any:
     import orbax.checkpoint as ocp
 
     try:
-        with _quiet_orbax(), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        with _quiet_orbax(), _deaf_to_late_reads(), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             return checkpointer.restore(path.resolve(), args=wanted)
     except Exception as err:  # whatever orbax, tensorstore or json say about a broken file
         first_line = next(iter(str(err).splitlines()), "")
@@ -468,3 +471,24 @@ def _quiet_orbax() -> Iterator[None]:
         yield
     finally:
         log.removeFilter(chatter)
+
+
+@contextmanager
+def _deaf_to_late_reads() -> Iterator[None]:
+    """At the first leaf that cannot be read orbax gives up and closes its event loop. The reads still under way then
+    find it closed, which Python would print, once for each, above the error that matters.
+    """
+    before = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    except Exception:
+        time.sleep(0.2)  # for the last of them
+        raise
+    finally:
+        sys.unraisablehook = before

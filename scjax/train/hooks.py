@@ -42,7 +42,7 @@ class Hook:
 
     @property
     def saved(self) -> Saved | None:
-        """The newest checkpoint that this hook wrote, if it writes any."""
+        """The newest checkpoint of this run that the hook knows of, if it writes any."""
         return None
 
 
@@ -171,16 +171,14 @@ class SaveCheckpoints(Hook):
             raise ValueError("extra must not hold 'state', the name of the training state; rename it.")
         self.writer = writer
         self.extra = extra
-        self._saved = None
 
     def on_checkpoint(self, state: TrainState) -> None:
-        step = int(state.step)
-        self.writer.save(step, {"state": state, **self.extra})
-        self._saved = Saved(self.writer.directory, step)
+        self.writer.save(int(state.step), {"state": state, **self.extra})
 
     def on_end(self) -> None:
         self.writer.wait()
 
     @property
     def saved(self) -> Saved | None:
-        return self._saved
+        step = self.writer.last_step
+        return None if step is None else Saved(self.writer.directory, step)

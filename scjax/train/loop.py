@@ -35,7 +35,7 @@ class NonFiniteError(ArithmeticError):
         term: the first name that was not finite.
         metrics: all of that step's.
         state: the last good one.
-        saved: the newest checkpoint of the run, if a hook wrote one.
+        saved: the newest checkpoint of the run, if a hook writes any.
     """
 
     def __init__(self, step: int, term: str, metrics: Mapping[str, float], state: TrainState, saved: Saved | None):
@@ -53,7 +53,7 @@ class Interrupted(SystemExit):
 
     Attributes:
         step: finished steps.
-        saved: the checkpoint to resume from, if a hook wrote one.
+        saved: the checkpoint to resume from, if a hook writes any.
     """
 
     def __init__(self, step: int, saved: Saved | None):
@@ -63,7 +63,7 @@ class Interrupted(SystemExit):
                 f"step {saved.step} is saved in {saved.directory}: run the same command again, resuming from there."
             )
         else:
-            resume = "this process saved no checkpoint."
+            resume = "there is no checkpoint of this run."
         super().__init__(f"Stopped by SIGTERM after step {step}; {resume}")
 
 
@@ -165,7 +165,7 @@ def fit(
                 break
         log.flush(state, n_pending=0)
         save(state)
-        if terminated() and int(state.step) < n_steps:
+        if terminated():
             chunks.close()
             stack.close()  # the hooks finish writing before the message says so
             raise Interrupted(int(state.step), _saved(hooks))

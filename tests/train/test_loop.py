@@ -174,6 +174,11 @@ def test_non_finite_stops_with_step_term_and_checkpoint(tmp_path):
     assert f"checkpoint: step 10 in {tmp_path}" in str(err)
     assert [step for step, _ in record.of("log")] == list(range(1, 14))
     assert record.told[-1] == ("end",)
+    # Taken up from there it stops at the same place, and still knows the checkpoint.
+    state = read(tmp_path, like={"state": regression.template()}).arrays["state"]
+    with CheckpointWriter(tmp_path, about={"run": "a"}, resume_from=10) as writer:
+        with pytest.raises(NonFiniteError, match="after 13 good steps.* checkpoint: step 10 in"):
+            regression.run(40, batches=batches, hooks=[SaveCheckpoints(writer)], state=state)
     # The state is that of 13 steps on good batches, and every number in it is finite.
     assert regression.bits(err.state) == regression.bits(regression.run(13))
     assert list_steps(tmp_path) == (10,)
