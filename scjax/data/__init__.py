@@ -1,11 +1,12 @@
-"""Files to batches, for a time series:
+"""Files to batches; for a time series it is these steps, one module each:
 
-    adata   = source.read_anndata("cells.h5ad")                             a file, or datasets.klein2015()
-    spec    = DataSpec(expression="X", space="counts", time="day")          what each key means; spec.check(adata)
-    rule    = splits.HoldOutTimes(times=(4.0,))                             which times training never sees
-    data    = timeseries.prepare_time_series(adata, spec, rule, Preprocess(n_components=50))   fitted on training cells
-    batch_at = collate.make_batches(data, TimeSeriesSampling(n_cells=512), seed=0)       batch_at(n): of (seed, n) only
-    chunks  = device.prefetch(batch_at, 0, 1000, chunk=10)                  stacked batches, made ahead, in order
+    adata = read_anndata("cells.h5ad")                                 source: or .zarr; or datasets.klein2015()
+    spec = DataSpec(space="counts", time="day", cell_type="state")     spec: what the keys mean; spec.check(adata)
+    rule = HoldOutTimes(times=(4.0,))                                  splits: what training never sees
+    steps = Preprocess(n_top_genes=2000, n_components=50)              preprocess: fitted on training cells only
+    data = prepare_time_series(adata, spec, rule, steps)               timeseries: every cell in the model's space
+    batch_at = make_batches(data, TimeSeriesSampling(), seed=0)        sampling, collate: batch n of (seed, n) alone
+    for chunk in prefetch(batch_at, 0, 1000, chunk=10): ...            device: stacked batches, made ahead, in order
 
-Models see batches only; AnnData stays here. `synthetic` makes populations whose answers are known.
+Models see the batches; AnnData stays here. `synthetic` makes populations whose answers are known.
 """

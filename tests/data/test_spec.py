@@ -128,6 +128,12 @@ def test_a_latent_may_be_negative_and_its_coordinates_get_names():
     spec = DataSpec(expression="obsm/X_pca", space="latent", time="day")
     spec.check(adata)
     assert feature_names(adata, spec) == ("X_pca_0", "X_pca_1", "X_pca_2")
+    table = pd.DataFrame(adata.obsm["X_pca"], index=adata.obs_names, columns=["a", "b", "c"])
+    adata.obsm["X_pca"] = table
+    spec.check(adata)
+    source = open_source(adata, spec)
+    assert source.feature_names == ("a", "b", "c")
+    np.testing.assert_array_equal(source.rows(np.array([2])), table.to_numpy(np.float32)[[2]])
 
 
 @pytest.mark.parametrize("days", [["0"] * 4 + ["2.5"] * 4, pd.Categorical([0] * 4 + [2] * 4), [0] * 4 + [2] * 4])
