@@ -42,9 +42,16 @@ class DataSpec:
         if not (self.expression == "X" or (place in ("layers", "obsm") and name)):
             raise ValueError(f"expression must be 'X', 'layers/<name>' or 'obsm/<name>'; got {self.expression!r}.")
 
-    def check(self, adata: AnnData) -> None:
-        """Nothing, or one ValueError that lists every problem of `adata` under this spec, each with its mend."""
-        problems = [*_time_problems(self, adata), *_cell_type_problems(self, adata), *_expression_problems(self, adata)]
+    def check(self, adata: AnnData, *, min_times: int = 2) -> None:
+        """Nothing, or one ValueError that lists every problem of `adata` under this spec, each with its mend.
+
+        `min_times`: training needs two times, a prediction starts from one (whose cells may then be single).
+        """
+        problems = [
+            *_time_problems(self, adata, min_times),
+            *_cell_type_problems(self, adata),
+            *_expression_problems(self, adata),
+        ]
         if problems:
             listed = "\n".join(f"  {i}. {problem}" for i, problem in enumerate(problems, 1))
             count = "a problem" if len(problems) == 1 else f"{len(problems)} problems"
@@ -95,7 +102,7 @@ def feature_names(adata: AnnData, spec: DataSpec) -> tuple[str, ...]:
     return tuple(f"{name}_{i}" for i in range(matrix.shape[1]))
 
 
-def _time_problems(spec: DataSpec, adata: AnnData) -> Iterator[str]:
+def _time_problems(spec: DataSpec, adata: AnnData, min_times: int) -> Iterator[str]:
     try:
         times = spec.read_times(adata)
     except ValueError as err:
@@ -119,11 +126,12 @@ def _time_problems(spec: DataSpec, adata: AnnData) -> Iterator[str]:
     if infinite.any():
         yield f"time: {int(infinite.sum())} cells have an infinite time in obs[{spec.time!r}]. Correct or remove them."
     counted = Counter(times[np.isfinite(times)].tolist())
-    if len(counted) < 2 and not words.any():
+    if len(counted) < min_times and not words.any():
         only = f"all at {next(iter(counted))}" if counted else "none"
-        yield f"time: at least two times are needed; obs[{spec.time!r}] has {len(counted)} ({only})."
+        needed = "two times are" if min_times == 2 else "one time is"
+        yield f"time: at least {needed} needed; obs[{spec.time!r}] has {len(counted)} ({only})."
     few = sorted(t for t, n in counted.items() if n < 2)
-    if few:
+    if few and min_times > 1:
         yield (
             f"time: each time needs at least 2 cells; {_some([repr(t) for t in few])} of obs[{spec.time!r}] "
             f"{'has' if len(few) == 1 else 'have'} one. Remove such cells or merge the time with its neighbour."

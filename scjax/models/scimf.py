@@ -226,7 +226,10 @@ def drift(
 
 
 def diffusion(params: Params, x: Float[Array, "cells dims"], *, config: Config) -> Float[Array, "cells dims"]:
-    """Noise strength g of each cell and coordinate, state units per sqrt(time unit); a learned one may be negative (same law)."""
+    """Noise strength g of each cell and coordinate, state units per sqrt(time unit).
+
+    A learned one may be negative: the noise then has the same law.
+    """
     _check_width("x", x, config)
     if config.diffusion == "constant":
         return jnp.full_like(x, config.sigma)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-__all__ = ["attend", "attention_logits", "attention_weights", "dropout", "merge_heads", "split_heads"]
+__all__ = ["attend", "attention_logits", "attention_weights", "merge_heads", "split_heads"]
 
 
 def split_heads(x: Float[Array, "n features"], n_heads: int) -> Float[Array, "heads n head_features"]:
@@ -28,20 +28,8 @@ def attention_logits(
 
 def attention_weights(logits: Float[Array, "heads n m"]) -> Float[Array, "heads n m"]:
     """Softmax over senders; a receiver without any sender gets weights of zero, not NaN."""
-    highest = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
-    unnormalised = jnp.exp(logits - jnp.where(jnp.isfinite(highest), highest, 0))
-    total = unnormalised.sum(axis=-1, keepdims=True)
-    return unnormalised / jnp.where(total > 0, total, 1)
-
-
-def dropout(weights: Float[Array, "heads n m"], rate: float, key: PRNGKeyArray) -> Float[Array, "heads n m"]:
-    """Weights set to zero with chance `rate`, the others divided by 1 - rate.
-
-    The chance is rounded to a multiple of 2^-16: sixteen random bits a weight cost half of what a uniform number does,
-    and over cells x cells weights at every solver step they would otherwise be most of the work.
-    """
-    keep = jax.random.bits(key, weights.shape, jnp.uint16) >= round(rate * 2**16)
-    return jnp.where(keep, weights / (1 - rate), 0)
+    unnormalised = _unnormalised(logits)
+    return unnormalised / _or_one(unnormalised.sum(axis=-1, keepdims=True))
 
 
 def attend(
@@ -53,11 +41,29 @@ def attend(
     dropout_rate: float = 0.0,
     key: PRNGKeyArray | None = None,
 ) -> Float[Array, "heads n d"]:
-    """Each receiver's weighted mean of the senders' values; without a key there is no dropout.
+    """Each receiver's weighted mean of the senders' values, under `attention_weights`.
+
+    With a key, weights are set to zero with chance `dropout_rate` and the others divided by 1 - dropout_rate. That
+    chance is rounded to a multiple of 2^-16: sixteen random bits a weight cost half of what a uniform number does, and
+    over cells x cells weights at every solver step they would otherwise be most of the work.
 
     Reference: Vaswani et al., NeurIPS 2017, eq. 1.
     """
-    weights = attention_weights(attention_logits(q, k, exclude_self=exclude_self))
-    if key is not None and dropout_rate > 0:
-        weights = dropout(weights, dropout_rate, key)
-    return jnp.einsum("hij,hjd->hid", weights, v)
+    weights = _unnormalised(attention_logits(q, k, exclude_self=exclude_self))
+    # Dividing n x d results instead of n x m weights saves two passes over the largest array there is.
+    if key is None or dropout_rate == 0:
+        with_total = jnp.einsum("hij,hjd->hid", weights, jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1))
+        return with_total[..., :-1] / _or_one(with_total[..., -1:])
+    total = weights.sum(axis=-1, keepdims=True)
+    keep = jax.random.bits(key, weights.shape, jnp.uint16) >= round(dropout_rate * 2**16)
+    received = jnp.einsum("hij,hjd->hid", jnp.where(keep, weights, 0), v)
+    return received / _or_one(total * (1 - dropout_rate))
+
+
+def _unnormalised(logits: Float[Array, "heads n m"]) -> Float[Array, "heads n m"]:
+    highest = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
+    return jnp.exp(logits - jnp.where(jnp.isfinite(highest), highest, 0))
+
+
+def _or_one(total: Float[Array, "heads n 1"]) -> Float[Array, "heads n 1"]:
+    return jnp.where(total > 0, total, 1)
