@@ -14,6 +14,8 @@ from .state import TrainState
 
 __all__ = ["Hook", "JsonlLogger", "Progress", "SaveCheckpoints", "Saved"]
 
+_BAR = "{desc}{percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+
 
 class Saved(NamedTuple):
     """Where a run can be taken up again."""
@@ -63,12 +65,14 @@ class Progress(Hook):
         self._bar = None
 
     def on_start(self, step: int, n_steps: int) -> None:
-        self._first, self._n_steps, self._tenth = step, n_steps, -1
+        self._first, self._n_steps, self._tenth, self._words = step, n_steps, -1, {}
         if self.terminal:
             from tqdm import tqdm
 
+            # Terminals without a width (docker -t) report 0 columns, into which tqdm would fit an empty bar.
+            width = {"dynamic_ncols": True} if _columns(self.file) else {"ncols": 120, "nrows": 24}
             self._bar = tqdm(
-                total=n_steps, initial=step, desc="compiling", unit="step", file=self.file, dynamic_ncols=True
+                total=n_steps, initial=step, desc="compiling", unit=" steps", bar_format=_BAR, file=self.file, **width
             )
 
     def on_compiled(self, seconds: float) -> None:
@@ -83,18 +87,20 @@ class Progress(Hook):
             return
         seconds = max(time.perf_counter() - self._started, 1e-9)
         rate = (step - self._first) / seconds
-        words = {name: f"{value:.4g}" for name, value in metrics.items()}
         if self.cells_per_step is not None:
-            words["cells/s"] = f"{rate * self.cells_per_step:.3g}"
+            self._words["cells/s"] = f"{rate * self.cells_per_step:,.0f}"
+        self._words |= {
+            name: f"{value:.4g}" for name, value in metrics.items()
+        }  # validation scores stay until the next
         if self._bar is not None:
-            self._bar.set_postfix(words, refresh=False)
+            self._bar.set_postfix(self._words, refresh=False)
             self._bar.update(step - self._bar.n)
             return
         tenth = 10 * step // self._n_steps
         if tenth > self._tenth:
             self._tenth = tenth
             left = (self._n_steps - step) / max(rate, 1e-9)
-            terms = ", ".join(f"{name} {word}" for name, word in words.items())
+            terms = ", ".join(f"{name} {word}" for name, word in self._words.items())
             self._write(f"step {step}/{self._n_steps}, {rate:.3g} steps/s, {left:.0f} s left: {terms}")
 
     def on_end(self) -> None:
@@ -108,6 +114,13 @@ class Progress(Hook):
         elif self.shown:
             self.file.write(line + "\n")
             self.file.flush()
+
+
+def _columns(file: Any) -> int:
+    try:
+        return os.get_terminal_size(file.fileno()).columns
+    except (OSError, ValueError):  # no descriptor behind it
+        return 0
 
 
 class JsonlLogger(Hook):

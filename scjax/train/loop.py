@@ -166,8 +166,6 @@ def fit(
         log.flush(state, n_pending=0)
         save(state)
         if terminated():
-            chunks.close()
-            stack.close()  # the hooks finish writing before the message says so
             raise Interrupted(int(state.step), _saved(hooks))
     return state
 

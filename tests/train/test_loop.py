@@ -224,6 +224,8 @@ def test_sigterm_restores_the_handler_and_needs_the_main_thread():
     assert caught.value.saved is None  # this hook writes nothing
     assert record.told[-2:] == [("checkpoint", caught.value.step), ("end",)]
     assert signal.getsignal(signal.SIGTERM) == before
+    regression.run(5)
+    assert signal.getsignal(signal.SIGTERM) == before
 
     finished = []
     thread = threading.Thread(target=lambda: finished.append(regression.run(5)))
