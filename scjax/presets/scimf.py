@@ -7,11 +7,13 @@ code: 50 components of 2000 variable genes, library sizes over these genes, inde
 
 from scjax.data.preprocess import Preprocess
 from scjax.data.sampling import TimeSeriesSampling
+from scjax.data.sampling import TimeSeriesSampling
 from scjax.data.spec import DataSpec
 from scjax.data.splits import HoldOutTimes, ReferenceSplit
 from scjax.experiment import Experiment
 from scjax.models.scimf import Config
 from scjax.presets import Preset
+from scjax.train.optimizers import OptimizerConfig
 from scjax.train.optimizers import OptimizerConfig
 
 __all__ = ["PRESETS"]
@@ -25,6 +27,30 @@ _COUNTS = Preprocess(library_size="selected_genes", n_top_genes=2000, scale=True
 _LOGGED = Preprocess(library_size=None, log1p=False, n_top_genes=2000, scale=True, n_components=50)
 
 PRESETS = {
+    "klein": Preset(
+        summary="Mouse embryonic stem cells after LIF withdrawal, days 0, 2, 4, 7; ships with scjax (Klein 2015)",
+        experiment=Experiment(
+            model=Config(
+                n_dims=10,
+                intrinsic_widths=(64, 64),
+                dropout=0.0,
+                sigma=0.1,
+                dt=0.25,
+                energy_weight=0.03,
+            ),
+            spec=DataSpec(space="counts", time="time"),
+            split=HoldOutTimes(times=(2.0,)),
+            preprocess=Preprocess(library_size="all_genes", scale=False, n_components=10),
+            sampling=TimeSeriesSampling(n_cells=128, n_targets=101),
+            optimizer=OptimizerConfig(learning_rate=5e-3, schedule="cosine", clip_norm=1.0),
+            n_steps=400,
+            checkpoint_every=200,
+        ),
+        command="scjax demo, or scjax train --preset scimf/klein --data klein2015.h5ad --out runs/klein",
+        cost="PLACEHOLDER",
+        expected="PLACEHOLDER",
+        source="ours; chosen on the training days alone (see benchmarks/README.md)",
+    ),
     "zebrafish": Preset(
         summary="Zebrafish embryogenesis, 12 stages (Farrell et al., Science 2018; SCP162)",
         experiment=Experiment(

@@ -1,0 +1,29 @@
+# The two commands: `make demo` and `make test`. Each sets up .venv first, unless that is done.
+VENV := .venv
+READY := $(VENV)/.ready
+
+.PHONY: help demo test test-slow lint clean
+help:
+	@echo "make demo       fit scIMF to a shipped time series, predict a held-out day, write table and figures"
+	@echo "make test       run the tests (make test-slow: the long ones)"
+	@echo "make lint       ruff"
+	@echo "PYTHON=/path/to/python make ...   sets up with that interpreter"
+
+demo: $(READY)
+	$(VENV)/bin/scjax demo
+
+test: $(READY)
+	$(VENV)/bin/python -m pytest
+
+test-slow: $(READY)
+	$(VENV)/bin/python -m pytest -m slow
+
+lint: $(READY)
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+
+clean:
+	rm -rf $(VENV) .cache
+
+$(READY): pyproject.toml constraints.txt .ci/setup
+	sh .ci/setup $(VENV)
