@@ -7,13 +7,11 @@ code: 50 components of 2000 variable genes, library sizes over these genes, inde
 
 from scjax.data.preprocess import Preprocess
 from scjax.data.sampling import TimeSeriesSampling
-from scjax.data.sampling import TimeSeriesSampling
 from scjax.data.spec import DataSpec
 from scjax.data.splits import HoldOutTimes, ReferenceSplit
 from scjax.experiment import Experiment
 from scjax.models.scimf import Config
 from scjax.presets import Preset
-from scjax.train.optimizers import OptimizerConfig
 from scjax.train.optimizers import OptimizerConfig
 
 __all__ = ["PRESETS"]
