@@ -64,14 +64,18 @@ def finite(name: str, values: np.ndarray) -> None:
 
 
 def increasing(name: str, values: Iterable[Any]) -> tuple[float, ...]:
-    """The values as floats, strictly increasing."""
-    values = tuple(float(v) for v in values)
+    """The values as floats: finite numbers, strictly increasing."""
+    values = tuple(values)
+    try:
+        values = tuple(float(v) for v in values)
+    except (TypeError, ValueError) as err:
+        raise ValueError(f"{name} must be numbers; got {values}.") from err
+    if not all(map(math.isfinite, values)):
+        raise ValueError(f"{name} must be finite; got {values}.")
     for before, after in zip(values, values[1:], strict=False):
         if not after > before:
             what = "repeated" if after == before else "unsorted"
             raise ValueError(f"{name} must increase strictly; {after} after {before} is {what}. Got {values}.")
-    if not all(map(math.isfinite, values)):
-        raise ValueError(f"{name} must be finite; got {values}.")
     return values
 
 

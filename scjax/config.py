@@ -1,11 +1,12 @@
 """Frozen dataclasses to JSON and back, and dotted overrides; an unknown key is an error with a suggestion.
 
 A dataclass is written as a JSON object of its fields. Where a field may be one of several dataclasses, the object
-carries the class's name under "kind". Tuples become lists and come back as tuples.
+carries the class's name under "kind". Tuples become lists and come back as tuples. Numbers are finite.
 """
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -35,8 +36,10 @@ def from_json(cls: type[T], path: str | Path) -> T:
         ValueError: no valid JSON, an unknown or missing key, a value of the wrong type; the file is named.
     """
     try:
-        return from_dict(cls, json.loads(Path(path).read_text()))
-    except ValueError as err:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        return from_dict(cls, json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_unrepeated))
+    except json.JSONDecodeError as err:
+        raise ValueError(f"{path} is no valid JSON: {err}.") from err
+    except ValueError as err:  # also UnicodeDecodeError
         raise ValueError(f"{path}: {err}") from err
 
 
@@ -49,7 +52,7 @@ def from_dict(cls: type[T], values: Mapping[str, Any], at: str = "") -> T:
     if not isinstance(values, Mapping):
         raise ValueError(f"{at or cls.__name__} must be an object of fields; got {values!r}.")
     hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
+    fields = {f.name: f for f in dataclasses.fields(cls)}
     for key in values:
         if key not in fields:
             raise ValueError(
@@ -69,24 +72,37 @@ def from_dict(cls: type[T], values: Mapping[str, Any], at: str = "") -> T:
 def override(config: T, assignments: Mapping[str, Any]) -> T:
     """`config` with dotted fields replaced: `{"model.n_heads": 4, "optimizer.learning_rate": "3e-4"}`.
 
-    A string is read as JSON where it is valid JSON, so that values may come from a command line.
+    A string is read as JSON where it is valid JSON, so that values may come from a command line. The order of the
+    assignments does not matter: another "kind" is chosen first, and takes none of the former class's fields over.
 
     Raises:
         ValueError: no such field, or a value that it cannot hold.
     """
     tree = to_dict(config)
-    for dotted, value in assignments.items():
+    for dotted in sorted(assignments, key=lambda name: name.rpartition(".")[2] != "kind"):
+        value = assignments[dotted]
         *parents, last = dotted.split(".")
         node = tree
         for depth, name in enumerate(parents):
-            node = node.get(name) if isinstance(node, dict) else None
-            if not isinstance(node, dict):
+            inner = node.get(name)
+            if not isinstance(inner, dict):
                 place = ".".join(parents[: depth + 1])
-                raise ValueError(f"{dotted}: {place} has no fields.{suggestion(name, tree)}")
-        if "kind" in node and last == "kind":
-            node.clear()  # the fields of another class do not carry over
-        node[last] = _from_text(value) if isinstance(value, str) else value
+                objects = [k for k, v in node.items() if isinstance(v, dict)]
+                raise ValueError(f"{dotted}: {place} is no object with fields.{suggestion(name, objects)}")
+            node = inner
+        value = _from_text(value) if isinstance(value, str) else value
+        if last == "kind" and node.get("kind", value) != value:
+            node.clear()
+        node[last] = value
     return from_dict(type(config), tree)
+
+
+def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} occurs more than once in one object.")
+    return found
 
 
 def _from_text(text: str) -> Any:
@@ -94,6 +110,13 @@ def _from_text(text: str) -> Any:
         return json.loads(text)
     except ValueError:
         return text
+
+
+def _as_float(value: int, at: str) -> float:
+    try:
+        return float(value)
+    except OverflowError as err:
+        raise ValueError(f"{at} must be a number that a float can hold; got {value}.") from err
 
 
 def _join(at: str, key: str) -> str:
@@ -118,8 +141,6 @@ def _plain(value: Any, hint: Any) -> Any:
         return tag | to_dict(value)
     if isinstance(value, tuple | list):
         return [_plain(v, None) for v in value]
-    if isinstance(value, Path):
-        return str(value)
     return value
 
 
@@ -146,9 +167,9 @@ def _typed(value: Any, hint: Any, at: str) -> Any:
             raise ValueError(f"{at} must hold {len(kinds)} values; got {value!r}.")
         return tuple(_typed(v, k, f"{at}[{i}]") for i, (v, k) in enumerate(zip(value, kinds, strict=True)))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint is Path and isinstance(value, str):
-        return Path(value)
+        value = _as_float(value, at)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{at} must be a finite number; got {value!r}.")
     if hint in (int, float, str, bool):
         if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
             raise ValueError(f"{at} must be {hint.__name__}; got {value!r}.")
@@ -160,11 +181,13 @@ def _typed_union(value: Any, alternatives: tuple[Any, ...], at: str) -> Any:
     if value is None and type(None) in alternatives:
         return None
     classes = {a.__name__: a for a in alternatives if dataclasses.is_dataclass(a)}
-    if isinstance(value, Mapping) and len(classes) > 1:
-        kind = value.get("kind")
-        if kind not in classes:
+    if len(classes) > 1 and not isinstance(value, tuple(classes.values())):
+        kind = value.get("kind") if isinstance(value, Mapping) else None
+        if not isinstance(kind, str) or kind not in classes:
+            got = f"kind {kind!r}" if isinstance(value, Mapping) else repr(value)
             raise ValueError(
-                f"{at}.kind must be one of {', '.join(map(repr, classes))}; got {kind!r}.{suggestion(kind, classes)}"
+                f"{at} must be an object whose kind is one of {', '.join(map(repr, classes))}; got {got}."
+                f"{suggestion(kind or value, classes)}"
             )
         return from_dict(classes[kind], {k: v for k, v in value.items() if k != "kind"}, at)
     errors = []

@@ -1,10 +1,14 @@
 """From a checkpoint and cells to predictions as an AnnData; the truth is never needed."""
 
+import json
+import math
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
@@ -16,7 +20,6 @@ from scjax.data.source import open_source
 from scjax.data.spec import AnnData, DataSpec
 from scjax.data.timeseries import solver_times
 from scjax.models import scimf
-from scjax.processes.sde import Trajectory
 from scjax.types import Params
 
 __all__ = ["Trained", "interaction_scores", "load", "predict", "project", "simulate_cells", "velocity"]
@@ -47,14 +50,17 @@ def load(directory: str | Path, step: int | None = None) -> Trained:
     """The checkpoint of `step`, or the newest, of a run's folder or of its `checkpoints` folder.
 
     Raises:
-        ValueError: no checkpoint there; a damaged one (the newest earlier one that is whole is named).
+        ValueError: no checkpoint there, or of something else; a damaged one (the newest earlier one that is whole is
+            named).
     """
     directory = Path(directory)
     if (directory / "checkpoints").is_dir():
         directory = directory / "checkpoints"
     found = checkpoint.read(directory, step)
-    about, state = found.about, found.arrays["state"]
-    settings = about["experiment"]
+    about = found.about
+    if about.get("kind") != "scimf":
+        raise ValueError(f"{directory} holds checkpoints of kind {about.get('kind')!r}, not of a scimf run.")
+    settings, state = about["experiment"], found.arrays["state"]
     return Trained(
         params=state.get("ema", state["params"]),
         config=from_dict(scimf.Config, settings["model"]),
@@ -67,28 +73,40 @@ def load(directory: str | Path, step: int | None = None) -> Trained:
 
 
 def project(trained: Trained, adata: AnnData) -> Float[np.ndarray, "cells dims"]:
-    """Cells in the model's space, by the transform that was fitted in training; genes are matched by name.
+    """Cells in the model's space, by the transform that was fitted in training.
+
+    Genes are matched by name: their order does not matter, and others are ignored. A latent space has no others: its
+    width must be that of training.
 
     Raises:
         ValueError: what `DataSpec.check` finds (a single time is enough here), missing genes, another width.
     """
     trained.spec.check(adata, min_times=1)
-    source = open_source(adata, trained.spec)
+    source, names = open_source(adata, trained.spec), trained.transform.input_names
+    if trained.spec.expression.startswith("obsm/") and len(source.feature_names) != len(names):
+        raise ValueError(
+            f"{trained.spec.expression} must have the {len(names)} dimensions of training; "
+            f"it has {len(source.feature_names)}. Give cells in the latent space that the model was trained in."
+        )
     return trained.transform.apply(source.rows(np.arange(source.n_cells)), source.feature_names)
 
 
 def simulate_cells(
     trained: Trained, x0: Float[np.ndarray, "cells dims"], times: Sequence[float], key: PRNGKeyArray
-) -> Trajectory:
-    """Cells of the first training time, in the model's space, at each of `times` (in the unit of the data)."""
-    times = increasing("times", times)
+) -> scimf.Trajectory:
+    """Cells of the first training time, in the model's space, at each of `times` (in the unit of the data).
+
+    The kinetic energy counts from the first training time on.
+
+    Raises:
+        ValueError: no times, unsorted or repeated ones, one before the first of training, or, for a run with
+            time_scale="index", one that the data do not have.
+    """
+    times = _checked_times(trained, times)
     start = trained.times[0]
-    if not times or times[0] < start:
-        raise ValueError(f"times must name at least one time, none before the first of training, {start}; got {times}.")
     asked = times if times[0] == start else (start, *times)
     ts = solver_times(asked, trained.times, trained.about["experiment"]["time_scale"])
-    simulate = jax.jit(lambda params, x, key: scimf.simulate(params, x, ts, key, config=trained.config))
-    path = simulate(trained.params, jax.numpy.asarray(x0), key)
+    path = _simulate(trained.params, jnp.asarray(x0), key, ts=ts, config=trained.config)
     return jax.tree.map(lambda a: np.asarray(a)[len(asked) - len(times) :], path)
 
 
@@ -114,46 +132,46 @@ def predict(
     Returns:
         One row a cell and time. X: normalised expression (log1p of library-size normalised counts, where that is what
         training saw), float32[rows, genes]; obsm["X_latent"]: the model's space; obs: time, the name of the cell it
-        started as, kinetic energy, seed; uns["scjax"]: config, checkpoint, versions.
+        started as, kinetic energy spent since the first time, seed; uns["scjax"]: settings as JSON, run and step of the
+        checkpoint, its split, versions.
 
     Raises:
-        ValueError: no cell of the first time, times before it or unsorted, missing genes, bad values.
+        ValueError: no cell of the first time, times before it, unsorted or (time_scale="index") not observed, missing
+            genes, bad values.
     """
     import anndata
     import pandas as pd
 
-    times = increasing("times", times)
-    start = trained.times[0]
-    observed = trained.spec.read_times(adata)
-    first = np.flatnonzero(np.isclose(observed, start, rtol=1e-6))
-    if not len(first):
-        raise ValueError(
-            f"adata must hold cells of the first training time, {start}, for a prediction starts from them; "
-            f"obs[{trained.spec.time!r}] has {np.unique(observed).tolist()}."
-        )
-    x0 = project(trained, adata[first])
-    names = adata.obs_names[first].to_numpy()
-    key_noise = jax.random.key(seed)
+    times = _checked_times(trained, times)
+    at_least("seed", seed, 0)
     if n_cells is not None:
         at_least("n_cells", n_cells, 1)
+    first = _rows_at(trained, adata, trained.times[0])
+    if not len(first):
+        raise ValueError(
+            f"adata must hold cells of the first training time, {trained.times[0]}, for a prediction starts from them; "
+            f"obs[{trained.spec.time!r}] has {_some_times(trained, adata)}."
+        )
+    x0, names = project(trained, adata[first]), adata.obs_names[first].to_numpy()
+    if n_cells is not None:
         rows = np.random.default_rng(seed).choice(len(first), n_cells, replace=n_cells > len(first))
         x0, names = x0[rows], names[rows]
-    path = simulate_cells(trained, x0, times, key_noise)
+    path = simulate_cells(trained, x0, times, jax.random.key(seed))
     latent = path.x.reshape(-1, path.x.shape[-1])
     obs = pd.DataFrame(
         {
-            trained.spec.time: np.repeat(np.asarray(times), len(x0)),
             "start_cell": np.tile(names, len(times)),
             "kinetic_energy": path.kinetic_energy.reshape(-1),
             "seed": seed,
+            trained.spec.time: np.repeat(np.asarray(times), len(x0)),
         },
-        index=[f"{i}-t{t:g}" for t in times for i in range(len(x0))],
+        index=[f"{i}-t{t!r}" for t in times for i in range(len(x0))],
     )
     predicted = anndata.AnnData(
         X=trained.transform.inverse(latent), obs=obs, var=pd.DataFrame(index=list(trained.transform.feature_names))
     )
     predicted.obsm["X_latent"] = latent
-    predicted.uns["scjax"] = _record(trained, n_cells=len(x0))
+    predicted.uns["scjax"] = _record(trained, n_cells=len(x0), seed=seed)
     return predicted
 
 
@@ -171,11 +189,10 @@ def velocity(trained: Trained, adata: AnnData) -> AnnData:
 
     latent = project(trained, adata)
     times = trained.spec.read_times(adata)
-    drift = jax.jit(lambda params, x: scimf.drift(params, x, config=trained.config))
     v = np.empty_like(latent)
     for t in np.unique(times):
         rows = np.flatnonzero(times == t)
-        v[rows] = np.asarray(drift(trained.params, jax.numpy.asarray(latent[rows])))
+        v[rows] = _drift(trained.params, jnp.asarray(latent[rows]), config=trained.config)
     source = open_source(adata, trained.spec)
     found = anndata.AnnData(
         X=trained.transform.normalise(source.rows(np.arange(source.n_cells)), source.feature_names).astype(np.float32),
@@ -199,24 +216,55 @@ def interaction_scores(
     Raises:
         ValueError: no cell at that time, a model without interaction, or as `project`.
     """
-    times = trained.spec.read_times(adata)
-    rows = np.flatnonzero(np.isclose(times, time, rtol=1e-6))
+    rows = _rows_at(trained, adata, time)
     if not len(rows):
-        raise ValueError(f"time must be one of the observed times {np.unique(times).tolist()}; got {time}.")
-    x = jax.numpy.asarray(project(trained, adata[rows]))
+        raise ValueError(f"time must be one of the observed times {_some_times(trained, adata)}; got {time}.")
+    x = jnp.asarray(project(trained, adata[rows]))
     return scimf.interaction_scores(
         trained.params, x, config=trained.config, softmax=softmax, scale_by_value=scale_by_value
     )
 
 
-def _record(trained: Trained, **more: Any) -> dict[str, Any]:
-    import json
+@partial(jax.jit, static_argnames=("ts", "config"))
+def _simulate(params, x0, key, *, ts, config):
+    return scimf.simulate(params, x0, ts, key, config=config)
 
+
+@partial(jax.jit, static_argnames="config")
+def _drift(params, x, *, config):
+    return scimf.drift(params, x, config=config)
+
+
+def _checked_times(trained: Trained, times: Iterable[float]) -> tuple[float, ...]:
+    """Increasing, from the first training time on; one that means an observed time is exactly that one."""
+    times = increasing("times", times)
+    start = trained.times[0]
+    times = tuple(next((known for known in trained.times if _same(known, t)), t) for t in times)
+    if not times or times[0] < start:
+        raise ValueError(f"times must name at least one time, none before the first of training, {start}; got {times}.")
+    return times
+
+
+def _same(known: float, t: float) -> bool:
+    return math.isclose(known, t, rel_tol=1e-6)  # a column stored as float32 holds 0.1 as 0.100000001
+
+
+def _rows_at(trained: Trained, adata: AnnData, time: float) -> np.ndarray:
+    return np.flatnonzero([_same(time, t) for t in trained.spec.read_times(adata)])
+
+
+def _some_times(trained: Trained, adata: AnnData) -> str:
+    return ", ".join(map(str, np.unique(trained.spec.read_times(adata))[:20])) or "none"
+
+
+def _record(trained: Trained, **more: Any) -> dict[str, Any]:
     return {
         "version": __version__,
+        "versions": json.dumps(trained.about["provenance"]["versions"]),  # of what trained it
         "run": trained.about["run"],
         "step": trained.step,
         "experiment": json.dumps(trained.about["experiment"]),
+        "split": json.dumps(trained.about["split"]),
         "space": "normalised expression in X, the model's space in obsm['X_latent']",
         **more,
     }
