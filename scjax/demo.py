@@ -94,7 +94,8 @@ def _draw(out, trained, adata, predicted, moving, held_out):
     paths = dense.obsm["X_latent"].reshape(len(ts), -1, latent.shape[1])
     figure, ax = plt.subplots(figsize=(7, 6), layout="constrained")
     trajectory.trajectories(paths, ts, observed=latent, ax=ax, time_unit="days")
-    trajectory.velocities(latent, moving.obsm["velocity_latent"], ax=ax)
+    trajectory.velocities(latent, moving.obsm["velocity_latent"], ax=ax, time_step=0.4)
+    ax.set_title(ax.get_title() + "; arrows: velocity of observed cells, way of 0.4 days")
     figure.savefig(out / "trajectories.png", dpi=150)
     plt.close(figure)
 

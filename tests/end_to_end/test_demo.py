@@ -1,0 +1,84 @@
+"""The main job: what it writes and prints, and that it wins where it says so."""
+
+import json
+from dataclasses import replace
+
+import anndata
+import numpy as np
+import pytest
+
+from scjax.data import datasets
+from scjax.demo import demo
+from scjax.metrics.population import wasserstein1
+from scjax.predict import load, project
+from scjax.presets import preset
+
+ROWS = {
+    "scIMF",
+    "scIMF without interactions",
+    "nearest earlier time",
+    "linear interpolation",
+    "OT interpolation",
+    "real vs real (floor)",
+}
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    """The demo with few and cheap steps: everything but the quality of the fit."""
+    experiment = preset("scimf/klein").experiment
+    experiment = replace(
+        experiment,
+        model=replace(experiment.model, intrinsic_widths=(8,), dt=1.0),
+        sampling=replace(experiment.sampling, n_cells=32, n_targets=32),
+        n_steps=20,
+        checkpoint_every=20,
+    )
+    out = tmp_path_factory.mktemp("demo") / "out"
+    return demo(n_seeds=2, out=out, experiment=experiment)
+
+
+def test_the_demo_writes_what_it_says(short):
+    assert {p.name for p in short.iterdir()} == {
+        "metrics.json",
+        "predictions.h5ad",
+        "predicted_over_observed.png",
+        "trajectories.png",
+        "runs",
+    }
+    assert all((short / name).stat().st_size > 10_000 for name in ("predicted_over_observed.png", "trajectories.png"))
+    (table,) = json.loads((short / "metrics.json").read_text())
+    assert {row["name"] for row in table["rows"]} == ROWS
+    assert {"W1", "W2", "Sinkhorn", "Energy"} <= set(table["metrics"])
+    assert all(m["definition"] for m in table["metrics"].values())
+    assert {row["name"]: row["n_seeds"] for row in table["rows"]}["scIMF"] == 2
+
+
+def test_its_predictions_are_of_the_held_out_day_from_cells_of_the_first(short):
+    adata, predicted = datasets.klein2015(), anndata.read_h5ad(short / "predictions.h5ad")
+    assert set(predicted.obs["time"]) == {2.0}
+    assert set(predicted.obs["start_cell"]) == set(adata.obs_names[adata.obs["time"] == 0])
+    assert predicted.n_vars == adata.n_vars
+    np.testing.assert_array_equal(predicted.var_names, adata.var_names)
+
+
+def test_the_demo_overwrites_nothing(short):
+    before = {p: p.stat().st_mtime_ns for p in short.rglob("*")}
+    with pytest.raises(ValueError, match="not overwritten"):
+        demo(out=short)
+    assert before == {p: p.stat().st_mtime_ns for p in short.rglob("*")}
+
+
+@pytest.mark.slow
+def test_over_three_seeds_the_model_beats_the_best_training_free_baseline(tmp_path):
+    out = demo(n_seeds=3, out=tmp_path / "demo")
+    (table,) = json.loads((out / "metrics.json").read_text())
+    w1 = {row["name"]: row["scores"]["W1"] for row in table["rows"]}
+    best = min(w1[row["name"]]["mean"] for row in table["rows"] if row["kind"] == "baseline")
+    assert w1["scIMF"]["mean"] < best
+    assert all(np.mean(draws) < best for draws in w1["scIMF"]["values"]), "each of the three seeds"
+    # And the number in the file is that of the predicted cells.
+    trained = load(out / "runs" / "with-interactions-seed0")
+    adata, predicted = datasets.klein2015(), anndata.read_h5ad(out / "predictions.h5ad")
+    real = project(trained, adata)[adata.obs["time"] == 2.0]
+    assert wasserstein1(predicted.obsm["X_latent"], real) == pytest.approx(w1["scIMF"]["values"][0][0], rel=0.1)
