@@ -284,7 +284,7 @@ def _admit(workdir: Path, experiment: Experiment, resume: bool, step: int | None
             raise ValueError(f"step={step} says where to resume from; it needs resume=True.")
         if workdir.is_dir() and any(workdir.iterdir()):
             what = "another run" if settings.exists() else "other files"
-            mend = ", or continue the run in it with resume=True" if settings.exists() and steps else ""
+            mend = ", or continue the run in it (resume=True, --resume)" if settings.exists() and steps else ""
             raise ValueError(f"workdir {workdir} holds {what}; nothing is overwritten. Choose a new folder{mend}.")
         return
     if not settings.exists() or not steps:
