@@ -170,14 +170,16 @@ def simulate(
         dts=dts,
         increment=None if diffusion is None else increment,
     )
+    # Step times are listed, for diffrax's constant steps end at n (i / n), which may lie just below the integer i.
     # One checkpoint a step: fewer would recompute more, and more cannot be used.
     solution = diffrax.diffeqsolve(
         term,
         diffrax.Euler(),
         t0=0.0,
         t1=float(n_steps),
-        dt0=1.0,
+        dt0=None,
         y0=(x0, energy),
+        stepsize_controller=diffrax.StepTo(ts=jnp.arange(n_steps + 1, dtype=jnp.result_type(float))),
         saveat=diffrax.SaveAt(ts=jnp.asarray(grid.observed, jnp.result_type(float))),
         adjoint=diffrax.RecursiveCheckpointAdjoint(checkpoints=n_steps),
         max_steps=n_steps,
