@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from scjax.experiment import Experiment, evaluate, train
+from scjax.metrics.report import ResultTable
 from scjax.presets import preset
 
 __all__ = ["demo"]
@@ -59,6 +60,7 @@ def demo(*, n_seeds: int = 1, out: Path | None = None, experiment: Experiment | 
     for table in tables:
         print("\n" + render(table))
         print("\n".join(verdict(table, _WITH, metric.name) for metric in table.metrics))
+        print(_use_of_interactions(table))
     (out / "metrics.json").write_text(json.dumps([to_json_dict(table) for table in tables], indent=1) + "\n")
 
     trained = load(runs[_WITH][0])
@@ -69,6 +71,12 @@ def demo(*, n_seeds: int = 1, out: Path | None = None, experiment: Experiment | 
     print(f"\nwritten to {out}: metrics.json, predictions.h5ad, predicted_over_observed.png, trajectories.png, runs/")
     print(f"total {time.perf_counter() - began:.0f} s")
     return out
+
+
+def _use_of_interactions(table: ResultTable) -> str:
+    with_, without = (table.row(name).mean("W1") for name in (_WITH, _WITHOUT))
+    word = "help" if with_ < without else "do not help"
+    return f"Interactions {word} here: W1 is {with_:.3f} with them and {without:.3f} without."
 
 
 def _draw(out, trained, adata, predicted, moving, held_out):

@@ -63,8 +63,8 @@ def stack(trees):
 
 def held_out_w1(data, params, config):
     """W1 of all 400 cells, simulated from time 0, to the 400 observed; seeds x held-out times."""
+    x0 = jnp.asarray(data.population(0.0))
     simulate = jax.vmap(lambda p, key: scimf.simulate(p, x0, (0.0, *HELD_OUT), key, config=config).x[1:])
-    x0 = data.population(0.0)
     predicted = np.asarray(jax.jit(simulate)(params, KEYS))
     return np.array(
         [[wasserstein1(x, data.population(t)) for x, t in zip(p, HELD_OUT, strict=True)] for p in predicted]
@@ -91,9 +91,10 @@ def test_interaction_is_needed_to_predict_held_out_times(data, trained):
 
 def test_attention_finds_the_senders(data, trained):
     """Cells rank by what all others hear of them: column sums of the scores. True senders have a signal above 0."""
+    scores_of = jax.jit(jax.vmap(lambda p, x: scimf.interaction_scores(p, x, config=WITH), in_axes=(0, None)))
     for time in HELD_OUT:
         x = data.population(time)
-        scores = jax.jit(jax.vmap(lambda p, x=x: scimf.interaction_scores(p, x, config=WITH)))(trained)
+        scores = scores_of(trained, x)
         heard = np.asarray(scores).sum(axis=(1, 2))
         areas = [area_under_roc(h, x[:, 2] > 0) for h in heard]
         print(f"\nAUROC of true senders at {time}: {np.round(areas, 3)}")  # noqa: T201
