@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
 import tyro
 
@@ -17,6 +17,8 @@ from scjax.config import override, to_dict, to_json
 from scjax.experiment import Experiment, read_experiment
 
 __all__ = ["main"]
+
+_Settings: TypeAlias = Annotated[tyro.conf.AvoidSubcommands[Experiment], tyro.conf.arg(name="")]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,18 +60,20 @@ class Train:
 
     preset: str | None = None
     config: Path | None = None
-    assignments: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(name="set", metavar="KEY=VALUE")]
+    assignments: Annotated[
+        tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(name="set", metavar="KEY=VALUE")
+    ] = ()
     data: Path
     out: Path
     resume: bool = False
     step: int | None = None
-    experiment: Annotated[tyro.conf.AvoidSubcommands[Experiment], tyro.conf.arg(name="")]
+    experiment: _Settings
 
     def run(self) -> None:
         from scjax.experiment import train
         from scjax.train.hooks import Progress
 
-        _print_settings(self, self.experiment)
+        _print_settings("train", self, to_dict(self.experiment))
         adata = _read(self.data)
         bar = Progress(self.experiment.sampling.n_cells, force=True)
         done = train(self.experiment, adata, self.out, resume=self.resume, step=self.step, hooks=[bar])
@@ -114,7 +118,7 @@ class Predict:
         if self.velocity and (self.n_cells is not None or self.seed):
             raise ValueError("--n-cells and --seed are of a prediction; with --velocity leave them out.")
         trained = predict.load(self.run_folder, self.step)
-        _print_settings(self, trained.about["experiment"])
+        _print_settings("predict", self, trained.about["experiment"])
         adata = _read(self.data)
         if self.velocity:
             written = predict.velocity(trained, adata)
@@ -162,7 +166,9 @@ class Evaluate:
             raise ValueError("--runs must name at least one folder of a run.")
         if self.out is not None:
             _check_out(self.out, ".json")
-        _print_settings(self, {name: to_dict(read_experiment(folders[0])) for name, folders in runs.items()})
+        _print_settings(
+            "evaluate", self, {name: to_dict(read_experiment(folders[0])) for name, folders in runs.items()}
+        )
         tables = evaluate(
             runs, _read(self.data), n_cells=self.n_cells, n_draws=self.n_draws, seed=self.seed, step=self.step
         )
@@ -248,13 +254,14 @@ def _parse_train(arguments: list[str]) -> Train:
         if "=" not in assignment:
             raise ValueError(f"--set takes KEY=VALUE, such as model.n_heads=1; got {assignment!r}.")
     # All at once: the fields of another kind of split are only whole together.
-    experiment = override(experiment, dict(a.split("=", 1) for a in assignments))
-    return tyro.cli(
-        Train,
-        prog="scjax train",
-        args=arguments,
-        default=Train(data=tyro.MISSING, out=tyro.MISSING, assignments=(), experiment=experiment),
-    )
+    chosen = override(experiment, dict(a.split("=", 1) for a in assignments))
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Chosen(Train):
+        experiment: _Settings = chosen
+
+    Chosen.__doc__ = Train.__doc__
+    return tyro.cli(Chosen, prog="scjax train", args=arguments)
 
 
 def _settings(what: str) -> Experiment:
@@ -318,12 +325,10 @@ def _shown_run(path: Path) -> str:
     return "\n".join([*lines, json.dumps(about["experiment"], indent=2)]) + "\n"
 
 
-def _print_settings(command: Any, experiment: Experiment | dict[str, Any]) -> None:
+def _print_settings(name: str, command: Any, experiment: dict[str, Any]) -> None:
     """The command's own options and all settings of the experiment, as JSON."""
     own = {f.name: getattr(command, f.name) for f in dataclasses.fields(command) if f.name != "experiment"}
-    settings = experiment if isinstance(experiment, dict) else to_dict(experiment)
-    name = type(command).__name__.lower()
-    print(json.dumps({name: own, "experiment": settings}, indent=2, default=str), flush=True)
+    print(json.dumps({name: own, "experiment": experiment}, indent=2, default=str), flush=True)
 
 
 def _read(path: Path) -> Any:

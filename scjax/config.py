@@ -43,8 +43,8 @@ def from_json(cls: type[T], path: str | Path) -> T:
         raise ValueError(f"{path}: {err}") from err
 
 
-def from_dict(cls: type[T], values: Mapping[str, Any], at: str = "") -> T:
-    """The dataclass `cls` with these values; `at` is the dotted place for messages.
+def from_dict(cls: type[T], values: Any, at: str = "") -> T:
+    """The dataclass `cls` with these values, a mapping as JSON gives it; `at` is the dotted place for messages.
 
     Raises:
         ValueError: an unknown or missing key, or a value that its field cannot hold.

@@ -160,7 +160,7 @@ def predict(
     latent = path.x.reshape(-1, path.x.shape[-1])
     obs = pd.DataFrame(
         {
-            "start_cell": np.tile(names, len(times)),
+            "start_cell": pd.Categorical(np.tile(names, len(times))),  # as anndata would write it
             "kinetic_energy": path.kinetic_energy.reshape(-1),
             "seed": seed,
             trained.spec.time: np.repeat(np.asarray(times), len(x0)),

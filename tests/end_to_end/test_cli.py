@@ -1,0 +1,316 @@
+"""The commands as a user types them; a mistake ends with its message and status 2, without a traceback."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pytest
+from tiny_series import EXPERIMENT, SIZES, damaged_copy, make_adata
+
+from scjax import __version__, presets
+from scjax.cli import main
+from scjax.config import from_json, to_dict, to_json
+from scjax.data.splits import HoldOutLast
+from scjax.experiment import Experiment, read_experiment
+
+# anndata sets this option of pandas whenever cells with categories are picked; pandas 3 says it has no effect.
+pytestmark = pytest.mark.filterwarnings("ignore:The 'mode.chained_assignment' option is deprecated")
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    """A folder with data in both formats under names of their own, and the settings as JSON."""
+    folder = tmp_path_factory.mktemp("cli")
+    adata = make_adata()
+    adata.write_h5ad(folder / "cells.h5ad")
+    adata.write_zarr(folder / "cells.zarr")
+    (folder / "tiny.json").write_text(to_json(EXPERIMENT))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def stand_in(here, monkeypatch):
+    monkeypatch.chdir(here)
+
+
+def refused(capsys, *arguments) -> str:
+    """What is told on stderr, on one line."""
+    with pytest.raises(SystemExit) as ended:
+        main(list(map(str, arguments)))
+    assert ended.value.code == 2
+    told = capsys.readouterr()
+    assert "Traceback" not in told.err
+    return " ".join(told.err.replace("│", " ").split())
+
+
+TRAIN = ("train", "--config", "tiny.json", "--data", "cells.h5ad")
+
+
+@pytest.fixture(scope="module")
+def run(here, tmp_path_factory):
+    """Trained by the command, from zarr, with settings from all three places."""
+    os.chdir(here)
+    main(
+        ["train", "--config", "tiny.json", "--data", "cells.zarr", "--out", "run", "--n-steps", "5"]
+        + ["--set", "split.kind=HoldOutLast", "--set", "split.n_times=1", "--set", "model.sigma=0.2"]
+        + ["--model.n-blocks", "0", "--model.intrinsic-widths", "4", "4"]
+    )
+    return here / "run"
+
+
+def test_settings_come_from_file_then_set_then_options(run):
+    model = replace(EXPERIMENT.model, sigma=0.2, n_blocks=0, intrinsic_widths=(4, 4))
+    assert read_experiment(run) == replace(EXPERIMENT, model=model, split=HoldOutLast(n_times=1), n_steps=5)
+
+
+def test_train_prints_its_settings_and_what_comes_next(run, capsys, tmp_path):
+    """A finished run, resumed without its settings: they are read from the folder, and nothing is left to do."""
+    main(["train", "--resume", "--data", "cells.h5ad", "--out", str(run)])
+    told = capsys.readouterr().out
+    settings, end = json.JSONDecoder().raw_decode(told)
+    assert settings["experiment"] == to_dict(read_experiment(run))
+    assert settings["train"]["out"] == str(run)
+    assert f"scjax evaluate --runs {run} --data cells.h5ad" in told[end:]
+    assert f"scjax predict --run {run} --data cells.h5ad --times 4 --out" in told[end:]
+
+
+def test_predict(run, capsys, tmp_path):
+    out = tmp_path / "predicted.h5ad"
+    main(["predict", "--run", str(run), "--data", "cells.h5ad", "--times", "2", "4.5", "--out", str(out)])
+    settings, end = json.JSONDecoder().raw_decode(told := capsys.readouterr().out)
+    assert settings["predict"]["times"] == [2.0, 4.5]
+    assert settings["experiment"] == to_dict(read_experiment(run))
+    assert "28 cells x 12 genes from step 5 written to" in told[end:]
+    assert sorted(set(anndata.read_h5ad(out).obs["day"])) == [2.0, 4.5]
+    before = out.read_bytes()
+    again = refused(capsys, "predict", "--run", run, "--data", "cells.h5ad", "--times", "2", "--out", out)
+    assert f"out {out} exists already and is not overwritten" in again
+    assert out.read_bytes() == before
+
+
+def test_predict_velocity(run, tmp_path):
+    out = tmp_path / "moving.h5ad"
+    main(["predict", "--run", str(run), "--data", "cells.zarr", "--velocity", "--out", str(out)])
+    assert anndata.read_h5ad(out).layers["velocity"].shape == make_adata().shape
+
+
+def test_evaluate(run, capsys, tmp_path):
+    out = tmp_path / "numbers.json"
+    main(["evaluate", "--runs", f"alone={run}", "--data", "cells.h5ad", "--out", str(out), "--n-draws", "2"])
+    settings, end = json.JSONDecoder().raw_decode(told := capsys.readouterr().out)
+    assert settings["experiment"] == {"alone": to_dict(read_experiment(run))}
+    assert "held-out time 4, trained on times 0, 1, 2" in told[end:]
+    assert "W1: alone " in told[end:]
+    (table,) = json.loads(out.read_text())
+    assert [row["name"] for row in table["rows"]][0] == "alone"
+    assert "exists already" in refused(capsys, "evaluate", "--runs", run, "--data", "cells.h5ad", "--out", out)
+
+
+def test_show(run, capsys):
+    main(["show"])
+    listed = capsys.readouterr().out
+    for name in presets.names():
+        assert name in listed
+    for name in ("scimf/klein", "tiny.json", "run"):
+        main(["show", name, "--settings"])
+        Path("shown.json").write_text(capsys.readouterr().out)
+        wanted = presets.preset(name).experiment if "/" in name else read_experiment(name)
+        assert from_json(Experiment, "shown.json") == wanted
+    main(["show", "scimf/klein"])
+    assert "command: scjax " in capsys.readouterr().out
+    for name in ("cells.h5ad", "cells.zarr"):
+        main(["show", name])
+        shown = capsys.readouterr().out
+        assert f"{name}: 46 cells x 12 genes" in shown
+        assert "obs day: 0.0 (14), 1.0 (12), 2.0 (11), 4.0 (9)" in shown
+    main(["show", "run"])
+    shown = capsys.readouterr().out
+    assert "trained on times [0.0, 1.0, 2.0], held out [4.0]" in shown
+    assert "checkpoints: steps 5" in shown
+
+
+@pytest.mark.parametrize(
+    ("command", "wanted"),
+    [
+        ("", ["demo", "train", "predict", "evaluate", "show"]),
+        ("train", ["--preset", "--config", "--set", "--resume", "--n-steps INT", "--model.n-blocks INT"]),
+        ("predict", ["--run PATH", "--times", "in the unit of the data", "--velocity", "--step"]),
+        ("evaluate", ["--runs", "NAME=FOLDER", "--n-draws INT"]),
+        ("show", ["--settings"]),
+        ("demo", ["--seeds INT", "--out"]),
+    ],
+)
+def test_help(capsys, command, wanted):
+    with pytest.raises(SystemExit) as ended:
+        main([*command.split(), "--help"])
+    assert ended.value.code == 0
+    told = capsys.readouterr().out
+    for word in wanted:
+        assert word in told
+
+
+def test_help_of_nested_settings(capsys):
+    """Meaning, unit and the preset's own default of every setting come from the dataclasses."""
+    with pytest.raises(SystemExit):
+        main(["train", "--preset", "scimf/mef", "--help"])
+    told = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "--model.dt FLOAT longest solver step, time units (default: 0.1)" in told
+    assert "--model.n-blocks INT interaction blocks; 0 removes the interaction (default: 1)" in told
+    assert "--checkpoint-every INT steps between two checkpoints" in told
+    assert "the obs column of sampling times: numbers in one unit" in told
+    assert "(default: day)" in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train", "--data", "cells.h5ad", "--out", "new"), "train needs --preset NAME or --config FILE.json"),
+        (("train", "--preset", "scimf/klien"), "got 'scimf/klien'. Did you mean 'scimf/klein'?"),
+        (("train", "--preset", "scimf/klein", "--config", "tiny.json"), "exclude each other; give one"),
+        (("train", "--config", "tiny.jsn"), "No such file or directory: 'tiny.jsn'"),
+        (("train", "--config", "broken.json"), "broken.json is no valid JSON: Expecting"),
+        (
+            ("train", "--config", "typo.json"),
+            "typo.json: model.n_head is not a field of Config. Did you mean 'n_heads'?",
+        ),
+        (("train", "--config", "list.json"), "list.json: Experiment must be an object of fields"),
+        (("train", "--config", "cells.h5ad"), "cells.h5ad: 'utf-8' codec"),
+        ((*TRAIN, "--out", "new", "--set", "model.n_heads"), "--set takes KEY=VALUE, such as model.n_heads=1"),
+        ((*TRAIN, "--out", "new", "--set", "modl.n_heads=1"), "modl is no object with fields. Did you mean 'model'?"),
+        ((*TRAIN, "--out", "new", "--set", "split.kind=HoldOutLats"), "got kind 'HoldOutLats'. Did you mean"),
+        ((*TRAIN, "--out", "new", "--set", "split.times=[3]"), "HoldOutTimes: 3.0 is not a time of the data"),
+        ((*TRAIN, "--out", "new", "--set", "split.times=[0]"), "The first time, 0.0, cannot be held out"),
+        ((*TRAIN, "--out", "new", "--model.n-heads", "2"), "n_heads must divide n_dims; got n_heads=2, n_dims=3"),
+        ((*TRAIN, "--out", "new", "--n-steps", "many"), "--n-steps"),
+        ((*TRAIN, "--out", "new", "--n-stesp", "5"), "Perhaps you meant: --n-steps"),
+        ((*TRAIN, "--out", "new", "--spec.time", "dya"), "'dya' is not one. Did you mean 'day'?"),
+        ((*TRAIN, "--out", "new", "--step", "10"), "step=10 says where to resume from; it needs resume=True"),
+        ((*TRAIN, "--out", "new", "--resume"), "new holds no run. Start it in a new folder"),
+        (TRAIN, "--out PATH"),
+        (("train", "--config", "tiny.json", "--data", "cell.h5ad", "--out", "new"), "Did you mean 'cells.h5ad'?"),
+        (("train", "--config", "tiny.json", "--data", ".", "--out", "new"), "path must end in .h5ad or .zarr; got '.'"),
+        (("train", "--config", "tiny.json", "--data", "folder.h5ad", "--out", "new"), "is no whole HDF5 file"),
+        (
+            ("train", "--config", "tiny.json", "--data", "short.h5ad", "--out", "new"),
+            "is no whole HDF5 file: truncated",
+        ),
+        (("train", "--config", "tiny.json", "--data", "empty.zarr", "--out", "new"), "is no zarr group"),
+        (
+            ("train", "--config", "tiny.json", "--data", "cells.zarr", "--out", "run"),
+            "run holds another run; nothing is",
+        ),
+        (("show", "scimf/klien"), "neither a file or folder nor a preset. Did you mean 'scimf/klein'?"),
+        (("show", "folder.h5ad"), "is no whole HDF5 file"),
+        (("show", "."), "holds no complete checkpoint"),
+        (("show", "--settings"), "--settings needs a preset, the folder of a run, or a .json; got ''"),
+        (("trian",), "Available subcommands: demo, train, predict, evaluate, show"),
+    ],
+)
+def test_mistakes(run, capsys, arguments, message):
+    Path("broken.json").write_text(to_json(EXPERIMENT)[:-20])
+    Path("typo.json").write_text(to_json(EXPERIMENT).replace('"n_heads"', '"n_head"'))
+    Path("list.json").write_text("[1, 2]")
+    Path("folder.h5ad").mkdir(exist_ok=True)
+    Path("empty.zarr").mkdir(exist_ok=True)
+    Path("short.h5ad").write_bytes(Path("cells.h5ad").read_bytes()[:3000])
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
+    assert message in refused(capsys, *arguments)
+    assert {p: p.stat().st_mtime_ns for p in run.rglob("*")} == before
+    assert not Path("new").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--out", "p.h5ad"), "give --times for a prediction, or --velocity"),
+        (("--out", "p.h5ad", "--times", "1", "--velocity"), "give --times for a prediction, or --velocity"),
+        (("--out", "p.h5ad", "--velocity", "--n-cells", "5"), "--n-cells and --seed are of a prediction"),
+        (("--out", "p.csv", "--times", "1"), "out must end in .h5ad; got 'p.csv'"),
+        (("--out", "no/p.h5ad", "--times", "1"), "would lie in a folder that does not exist; make no first"),
+        (("--out", "p.h5ad", "--times", "2", "1"), "times must increase strictly; 1.0 after 2.0 is unsorted"),
+        (("--out", "p.h5ad", "--times", "1", "1"), "times must increase strictly; 1.0 after 1.0 is repeated"),
+        (("--out", "p.h5ad", "--times", "-1"), "none before the first of training, 0.0"),
+        (("--out", "p.h5ad", "--times", "1", "--step", "4"), "step must be one of 5 in"),
+    ],
+)
+def test_mistakes_in_predictions(run, capsys, options, message):
+    assert message in refused(capsys, "predict", "--run", run, "--data", "cells.h5ad", *options)
+    assert not Path("p.h5ad").exists()
+
+
+def test_run_that_is_none(capsys):
+    assert "no folder nowhere" in refused(
+        capsys, "predict", "--run", "nowhere", "--data", "cells.h5ad", "--times", "1", "--out", "p.h5ad"
+    )
+    assert "nowhere" in refused(capsys, "evaluate", "--runs", "nowhere", "--data", "cells.h5ad")
+    assert "at least one folder" in refused(capsys, "evaluate", "--runs", "--data", "cells.h5ad")
+
+
+@pytest.mark.parametrize("how", ["truncated", "flipped"])
+def test_damaged_checkpoint(tiny_run, capsys, tmp_path, how):
+    folder = damaged_copy(tiny_run.workdir, tmp_path / "run", how)
+    offered = "The previous complete one is step 10: pass step=10"
+    predict = ("predict", "--run", folder, "--data", "cells.h5ad", "--times", "1", "--out", tmp_path / "p.h5ad")
+    assert offered in refused(capsys, *predict)
+    assert offered in refused(capsys, "evaluate", "--runs", folder, "--data", "cells.h5ad")
+    assert offered in refused(capsys, "train", "--resume", "--data", "cells.h5ad", "--out", folder)
+    main([*map(str, predict), "--step", "10"])
+    assert "from step 10 written" in capsys.readouterr().out
+
+
+def test_broken_element_of_a_file(capsys):
+    """The reader raises what it likes about it; the file is named."""
+    import h5py
+
+    shutil.copy("cells.h5ad", "odd.h5ad")
+    with h5py.File("odd.h5ad", "r+") as file:
+        file["obs"].attrs["encoding-type"] = "no such thing"
+    assert "While reading odd.h5ad" in refused(capsys, "show", "odd.h5ad")
+
+
+def test_interrupted(monkeypatch, capsys):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("scjax.cli.read_experiment", stopped)
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "--config", "tiny.json"])
+    assert ended.value.code == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_module_runs_as_a_command():
+    """Version and mistakes through the interpreter; a reader that goes away early is no mistake."""
+    root = Path(__file__).parents[2]
+
+    def scjax(*arguments, **options):
+        command = [sys.executable, "-W", "error::DeprecationWarning:scjax", "-m", "scjax", *arguments]
+        environment = {**os.environ, "PYTHONPATH": str(root)}
+        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, **options)
+
+    told = scjax("--version")
+    assert (told.returncode, told.stdout) == (0, f"scjax {__version__}\n")
+    told = scjax("show", "nothing")
+    assert told.returncode == 2
+    assert told.stderr.startswith("scjax: nothing is neither a file or folder nor a preset.")
+    assert "Traceback" not in told.stderr
+
+
+def test_settings_need_not_be_those_of_a_preset(capsys):
+    """Cells per time are told by `show`, as the user's columns are named."""
+    adata = make_adata()
+    adata.obs = adata.obs.rename(columns={"day": "hours"})
+    adata.obs["hours"] = adata.obs["hours"] * 24
+    adata.write_h5ad("hours.h5ad")
+    main(["show", "hours.h5ad"])
+    assert f"obs hours: 0.0 ({SIZES[0.0]}), 24.0 ({SIZES[1.0]})" in capsys.readouterr().out
+    told = refused(capsys, "train", "--config", "tiny.json", "--data", "hours.h5ad", "--out", "new")
+    assert "'day' is not one." in told
+    assert "It has: hours, kind, batch" in told
+    assert np.isfinite(adata.X).all()
