@@ -33,7 +33,7 @@ class Demo:
     seeds: int = 1
     out: Path | None = None
 
-    def run(self) -> None:
+    def execute(self) -> None:
         from scjax.demo import demo
 
         demo(n_seeds=self.seeds, out=self.out)
@@ -49,7 +49,7 @@ class Train:
     Attributes:
         preset: name of a preset; `scjax show` lists them.
         config: a JSON file of settings, as `scjax show NAME --settings` prints it.
-        assignments: KEY=VALUE, any setting by its dotted name; repeatable. Also another kind of split, by
+        set: any setting by its dotted name; repeatable. Also another kind of split, by
             --set split.kind=HoldOutTimes --set 'split.times=[2, 4]'
         data: .h5ad or .zarr.
         out: folder of the run; a new one, unless --resume.
@@ -60,16 +60,14 @@ class Train:
 
     preset: str | None = None
     config: Path | None = None
-    assignments: Annotated[
-        tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(name="set", metavar="KEY=VALUE")
-    ] = ()
+    set: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="KEY=VALUE")] = ()
     data: Path
     out: Path
     resume: bool = False
     step: int | None = None
     experiment: _Settings
 
-    def run(self) -> None:
+    def execute(self) -> None:
         from scjax.experiment import train
         from scjax.train.hooks import Progress
 
@@ -89,7 +87,7 @@ class Predict:
     """Simulate the cells of the first time to other times; writes an .h5ad. No observed target is needed.
 
     Attributes:
-        run_folder: folder of the trained run.
+        run: folder of the trained run.
         data: .h5ad or .zarr with cells of the first training time.
         times: in the unit of the data, increasing; they need not have been observed.
         out: the .h5ad to write; an existing file is not overwritten.
@@ -100,7 +98,7 @@ class Predict:
             and without chance.
     """
 
-    run_folder: Annotated[Path, tyro.conf.arg(name="run")]
+    run: Path
     data: Path
     times: tuple[float, ...] = ()
     out: Path
@@ -109,7 +107,7 @@ class Predict:
     step: int | None = None
     velocity: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
-    def run(self) -> None:
+    def execute(self) -> None:
         from scjax import predict
 
         _check_out(self.out, ".h5ad")
@@ -117,7 +115,7 @@ class Predict:
             raise ValueError("give --times for a prediction, or --velocity for the velocities of observed cells.")
         if self.velocity and (self.n_cells is not None or self.seed):
             raise ValueError("--n-cells and --seed are of a prediction; with --velocity leave them out.")
-        trained = predict.load(self.run_folder, self.step)
+        trained = predict.load(self.run, self.step)
         _print_settings("predict", self, trained.about["experiment"])
         adata = _read(self.data)
         if self.velocity:
@@ -151,7 +149,7 @@ class Evaluate:
     seed: int = 0
     step: int | None = None
 
-    def run(self) -> None:
+    def execute(self) -> None:
         from scjax.experiment import evaluate
         from scjax.metrics.report import render, to_json_dict, verdict
 
@@ -192,7 +190,7 @@ class Show:
     what: Annotated[str, tyro.conf.Positional] = ""
     settings: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
-    def run(self) -> None:
+    def execute(self) -> None:
         print(to_json(_settings(self.what)) if self.settings else _shown(self.what), end="")
 
 
@@ -212,7 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 description="Generative models of single-cell populations. `scjax COMMAND --help` tells its options.",
                 args=arguments,
             )
-        command.run()
+        command.execute()
     except BrokenPipeError:  # the reader of our output, `head` for instance, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None

@@ -24,6 +24,8 @@ from scjax.types import Params
 
 __all__ = ["Trained", "interaction_scores", "load", "predict", "project", "simulate_cells", "velocity"]
 
+_SAME = 1e-6  # relative: a column stored as float32 holds 0.1 as 0.100000001
+
 
 class Trained(NamedTuple):
     """A checkpoint ready for use.
@@ -239,18 +241,14 @@ def _checked_times(trained: Trained, times: Iterable[float]) -> tuple[float, ...
     """Increasing, from the first training time on; one that means an observed time is exactly that one."""
     times = increasing("times", times)
     start = trained.times[0]
-    times = tuple(next((known for known in trained.times if _same(known, t)), t) for t in times)
+    times = tuple(next((known for known in trained.times if math.isclose(known, t, rel_tol=_SAME)), t) for t in times)
     if not times or times[0] < start:
         raise ValueError(f"times must name at least one time, none before the first of training, {start}; got {times}.")
     return times
 
 
-def _same(known: float, t: float) -> bool:
-    return math.isclose(known, t, rel_tol=1e-6)  # a column stored as float32 holds 0.1 as 0.100000001
-
-
 def _rows_at(trained: Trained, adata: AnnData, time: float) -> np.ndarray:
-    return np.flatnonzero([_same(time, t) for t in trained.spec.read_times(adata)])
+    return np.flatnonzero(np.isclose(trained.spec.read_times(adata), time, rtol=_SAME, atol=0.0))
 
 
 def _some_times(trained: Trained, adata: AnnData) -> str:
