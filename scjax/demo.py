@@ -80,10 +80,10 @@ def _use_of_interactions(table: ResultTable) -> str:
 
 
 def _draw(out, trained, adata, predicted, moving, held_out):
-    import matplotlib.pyplot as plt
     import numpy as np
 
     from scjax.plot import trajectory
+    from scjax.plot.save import save
     from scjax.predict import predict
 
     column = trained.spec.time
@@ -94,18 +94,15 @@ def _draw(out, trained, adata, predicted, moving, held_out):
         {t: predicted.obsm["X_latent"][predicted.obs[column].to_numpy() == t] for t in held_out},
         time_unit="days",
     )
-    axes[0].figure.savefig(out / "predicted_over_observed.png", dpi=150)
-    plt.close(axes[0].figure)
+    save(axes[0], out / "predicted_over_observed.png")
 
     ts = np.linspace(trained.times[0], trained.times[-1], 29)
     dense = predict(trained, adata, ts)
     paths = dense.obsm["X_latent"].reshape(len(ts), -1, latent.shape[1])
-    figure, ax = plt.subplots(figsize=(7, 6), layout="constrained")
-    trajectory.trajectories(paths, ts, observed=latent, ax=ax, time_unit="days")
+    ax = trajectory.trajectories(paths, ts, observed=latent, time_unit="days")
     trajectory.velocities(latent, moving.obsm["velocity_latent"], ax=ax, time_step=0.4)
-    ax.set_title(ax.get_title() + "; arrows: velocity of observed cells, way of 0.4 days")
-    figure.savefig(out / "trajectories.png", dpi=150)
-    plt.close(figure)
+    ax.set_title(ax.get_title() + "\narrows: velocity of observed cells, way of 0.4 days")
+    save(ax, out / "trajectories.png")
 
 
 def _free_folder() -> Path:

@@ -55,13 +55,14 @@ class Config:
     n_dims: int  # of the cell state; 50 principal components in the paper
     intrinsic_widths: tuple[int, ...] = (256, 256)  # hidden layers of the cell-autonomous drift
     n_blocks: int = 1  # interaction blocks; 0 removes the interaction
-    n_heads: int = 2
+    n_heads: int = 2  # of the attention; must divide n_dims
     residual: bool = False
     """False is the reference: each block's output replaces its input, so from the second block on a cell's own state
     enters only through what the block before left of it. True adds each sub-layer to its input, as transformers do,
     and the interaction is the sum of what was added."""
     dropout: float = 0.1  # of attention weights, in training only; drawn anew at every solver step
     diffusion: Literal["constant", "learned", "mlp"] = "constant"
+    """"learned" is a trained vector, one entry a dimension; "mlp" a network of the cell's own state, within (-1, 1)."""
     sigma: float = 0.1
     """State units per sqrt(time unit): the constant, or the scale of the normal draw that a learned vector starts from
     (1 in the reference). Not used by "mlp"."""
@@ -74,8 +75,8 @@ class Config:
     scaling: float = 0.7  # of "annealed": ratio of successive blurs
     sinkhorn_threshold: float = 1e-3  # of "converged": the largest total error of a marginal
     sinkhorn_iterations: int = 20_000  # of "converged": at most
-    sinkhorn_weight: float = 1.0
-    energy_weight: float = 1.0
+    sinkhorn_weight: float = 1.0  # of the mean divergence over the observed times, in squared state units
+    energy_weight: float = 1.0  # of the kinetic energy per time unit, squared state units per squared time unit
 
     def __post_init__(self):
         at_least("n_dims", self.n_dims, 1)

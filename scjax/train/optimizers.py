@@ -25,14 +25,14 @@ class OptimizerConfig:
     """
 
     learning_rate: float = 1e-3  # at the peak
-    schedule: Literal["constant", "step", "cosine"] = "step"
-    decay_every: int = 100  # updates
-    decay_factor: float = 0.9
-    final_fraction: float = 0.0  # of the peak
+    schedule: Literal["constant", "step", "cosine"] = "step"  # of the learning rate, after the warm-up
+    decay_every: int = 100  # of "step", updates
+    decay_factor: float = 0.9  # of "step"
+    final_fraction: float = 0.0  # of "cosine", of the peak
     n_warmup: int = 0  # updates on which the rate climbs in a line from 0; the schedule begins after them
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
+    b1: float = 0.9  # Adam: decay of the mean of gradients
+    b2: float = 0.999  # Adam: decay of the mean of their squares
+    eps: float = 1e-8  # Adam: added to the root of that
     weight_decay: float = 0.0  # AdamW's, times the learning rate; spares leaves of fewer than two axes
     clip_norm: float | None = 0.1  # largest global norm of a gradient; None leaves it alone
     accumulate: int = 1  # gradients of this many batches are averaged for one update

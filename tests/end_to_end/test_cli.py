@@ -20,7 +20,6 @@ from scjax.data.splits import HoldOutLast
 from scjax.experiment import Experiment, read_experiment
 
 # anndata sets this option of pandas whenever cells with categories are picked; pandas 3 says it has no effect.
-pytestmark = pytest.mark.filterwarnings("ignore:The 'mode.chained_assignment' option is deprecated")
 
 
 @pytest.fixture(scope="module")
