@@ -19,8 +19,6 @@ from scjax.config import from_json, to_dict, to_json
 from scjax.data.splits import HoldOutLast
 from scjax.experiment import Experiment, read_experiment
 
-# anndata sets this option of pandas whenever cells with categories are picked; pandas 3 says it has no effect.
-
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory):
