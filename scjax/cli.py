@@ -122,7 +122,9 @@ class Predict:
             written = predict.velocity(trained, adata)
         else:
             written = predict.predict(trained, adata, self.times, n_cells=self.n_cells, seed=self.seed)
-        written.write_h5ad(self.out)
+        beside = self.out.with_name(self.out.name + ".part")  # a file under its own name is a whole one
+        written.write_h5ad(beside)
+        beside.rename(self.out)
         print(f"{written.n_obs} cells x {written.n_vars} genes from step {trained.step} written to {self.out}")
 
 
