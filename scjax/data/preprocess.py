@@ -158,13 +158,16 @@ def fit(preprocess: Preprocess, x_train: Any, feature_names: Iterable[str], spac
         x_train: cells x features, an array or a SciPy sparse matrix, in `space`.
 
     Raises:
-        ValueError: steps that do not suit the space, names that repeat or do not match the width, more genes or
-            components than there are, fewer than two cells.
+        ValueError: negative counts, steps that do not suit the space, names that repeat or do not match the width, more
+            genes or components than there are, fewer than two cells.
     """
     _check_steps(preprocess, space)
     names = _names(x_train, feature_names)
     at_least("the number of training cells", x_train.shape[0], 2)
-    finite("x_train", np.asarray(x_train.data if hasattr(x_train, "indptr") else x_train))
+    values = np.asarray(x_train.data if hasattr(x_train, "indptr") else x_train)
+    finite("x_train", values)
+    if space == "counts" and values.size and values.min() < 0:
+        raise ValueError(f"x_train must hold counts, none below zero; the least is {values.min():g}. Is it scaled?")
 
     n_top = preprocess.n_top_genes
     if n_top is None:

@@ -99,7 +99,7 @@ def transport_plan(x: Cells, y: Cells, *, max_exact: int = MAX_EXACT) -> Plan:
     import ot
 
     x, y = _pair(x, y, max_exact)
-    matrix, log = ot.emd([], [], _costs("sqeuclidean", x, y), numItermax=MAX_SIMPLEX_STEPS, log=True)
+    matrix, log = ot.emd([], [], _costs("sqeuclidean", x, y)[0], numItermax=MAX_SIMPLEX_STEPS, log=True)
     _check_solved(log)
     source, target = np.nonzero(matrix)
     mass = matrix[source, target]
@@ -135,7 +135,10 @@ def mmd2(x: Cells, y: Cells) -> float:
     """
     x, y = _pair(x, y)
     check.at_least("the number of cells of each population", min(len(x), len(y)), 2)
-    return float(_mmd2()(*_centred(x, y)))
+    scale = spread(y) or 1.0  # of no effect but on the smallest bandwidth that there is
+    # In double precision: one predicted cell far from all others would spend float32's digits on its own distances.
+    with jax.enable_x64(True):
+        return float(_mmd2()(jnp.asarray(x / scale), jnp.asarray(y / scale)))
 
 
 class Metric(NamedTuple):
@@ -328,9 +331,10 @@ def _exact_cost(cost: str, x: Any, y: Any, x_weights: Any, y_weights: Any, max_e
 
     x, y = _pair(x, y, max_exact)
     a, b = _mass("x_weights", x_weights, len(x)), _mass("y_weights", y_weights, len(y))
-    value, log = ot.emd2(a, b, _costs(cost, x, y), numItermax=MAX_SIMPLEX_STEPS, log=True)
+    costs, scale = _costs(cost, x, y)
+    value, log = ot.emd2(a, b, costs, numItermax=MAX_SIMPLEX_STEPS, log=True)
     _check_solved(log)
-    return max(float(value), 0.0)
+    return max(float(value), 0.0) * scale
 
 
 def _check_solved(log: dict[str, Any]) -> None:
@@ -338,10 +342,13 @@ def _check_solved(log: dict[str, Any]) -> None:
         raise RuntimeError(f"exact optimal transport did not reach its optimum: {log['warning']}")
 
 
-def _costs(cost: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def _costs(cost: str, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, float]:
+    """Costs in units of the largest, and that: the simplex has an absolute tolerance."""
     from scipy.spatial.distance import cdist
 
-    return cdist(x, y, cost)
+    costs = cdist(x, y, cost)
+    scale = float(costs.max()) or 1.0
+    return costs / scale, scale
 
 
 def _mass(name: str, weights: np.ndarray | None, n: int) -> np.ndarray:

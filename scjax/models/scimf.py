@@ -24,7 +24,14 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from scjax.batches import TimeSeriesBatch
 from scjax.check import at_least, non_negative, one_of, positive, probability
 from scjax.losses import annealed_sinkhorn_divergence, self_transport, solve_sinkhorn
-from scjax.nn.attention import attend, attention_logits, attention_weights, merge_heads, split_heads
+from scjax.nn.attention import (
+    attend,
+    attention_logits,
+    attention_weights,
+    merge_heads,
+    split_heads,
+    unnormalised_weights,
+)
 from scjax.nn.linear import Linear
 from scjax.processes import sde
 from scjax.processes.sde import Trajectory
@@ -266,7 +273,7 @@ def interaction_scores(
     """
     one_of("block", block, range(config.n_blocks))
     read = attention(params, x, config=config)[block]
-    scores = read.weights if softmax else jnp.exp(read.logits - read.logits.max(axis=-1, keepdims=True))
+    scores = read.weights if softmax else unnormalised_weights(read.logits)
     return scores * read.value_norms[:, None, :] if scale_by_value else scores
 
 

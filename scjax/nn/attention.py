@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-__all__ = ["attend", "attention_logits", "attention_weights", "merge_heads", "split_heads"]
+__all__ = ["attend", "attention_logits", "attention_weights", "merge_heads", "split_heads", "unnormalised_weights"]
 
 
 def split_heads(x: Float[Array, "n features"], n_heads: int) -> Float[Array, "heads n head_features"]:
@@ -30,7 +30,7 @@ def attention_logits(
 
 def attention_weights(logits: Float[Array, "heads n m"]) -> Float[Array, "heads n m"]:
     """Softmax over senders; a receiver without any sender gets weights of zero, not NaN."""
-    unnormalised = _unnormalised(logits)
+    unnormalised = unnormalised_weights(logits)
     return unnormalised / _or_one(unnormalised.sum(axis=-1, keepdims=True))
 
 
@@ -51,18 +51,20 @@ def attend(
 
     Reference: Vaswani et al., NeurIPS 2017, eq. 1.
     """
-    weights = _unnormalised(attention_logits(q, k, exclude_self=exclude_self))
+    weights = unnormalised_weights(attention_logits(q, k, exclude_self=exclude_self))
     # Dividing n x d results instead of n x m weights saves two passes over the largest array there is.
     if key is None or dropout_rate == 0:
         with_total = jnp.einsum("hij,hjd->hid", weights, jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1))
         return with_total[..., :-1] / _or_one(with_total[..., -1:])
     total = weights.sum(axis=-1, keepdims=True)
-    keep = jax.random.bits(key, weights.shape, jnp.uint16) >= round(dropout_rate * 2**16)
+    dropped = min(round(dropout_rate * 2**16), 2**16 - 1)
+    keep = jax.random.bits(key, weights.shape, jnp.uint16) >= dropped
     received = jnp.einsum("hij,hjd->hid", jnp.where(keep, weights, 0), v)
-    return received / _or_one(total * (1 - dropout_rate))
+    return received / _or_one(total * (1 - dropped / 2**16))
 
 
-def _unnormalised(logits: Float[Array, "heads n m"]) -> Float[Array, "heads n m"]:
+def unnormalised_weights(logits: Float[Array, "heads n m"]) -> Float[Array, "heads n m"]:
+    """exp(logit - largest logit of the receiver); zeros for a receiver without any sender."""
     highest = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
     return jnp.exp(logits - jnp.where(jnp.isfinite(highest), highest, 0))
 

@@ -291,10 +291,10 @@ def _validated(state: TrainState, validate: Validate, hooks: Sequence[Hook]) -> 
         _stop_not_finite(step, scores, state, hooks)
     for hook in hooks:
         hook.on_log(step, scores)
-    score = next(iter(scores.values()))
-    if score >= float(state.best.score):
+    score = jnp.float32(next(iter(scores.values())))  # as it is kept: 0.1 is less than its own float32
+    if score >= state.best.score:
         return state
-    return state._replace(best=Best(jnp.float32(score), jnp.int32(step), own_copy(params)))
+    return state._replace(best=Best(score, jnp.int32(step), own_copy(params)))
 
 
 def _stop_not_finite(step: int, metrics: Mapping[str, float], state: TrainState, hooks: Sequence[Hook]) -> None:

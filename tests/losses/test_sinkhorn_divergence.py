@@ -282,3 +282,38 @@ def test_batched_as_alone(scheme):
 def test_bad_arguments(call, message):
     with pytest.raises(ValueError, match=message):
         call(*clouds())
+
+
+@pytest.mark.parametrize("scheme", ["converged", "annealed"])
+def test_gradient_of_the_masses_is_that_of_the_divergence(scheme, x64):
+    """Moving mass from one cell to another; a padded cell, of mass 0, has a finite gradient too."""
+    rng = np.random.default_rng(0)
+    x, y = jnp.asarray(rng.normal(size=(6, 2))), jnp.asarray(rng.normal(size=(7, 2)) + 1)
+    x = jnp.concatenate([x, x[:1]])
+    a = jnp.asarray([0.2, 0.1, 0.3, 0.1, 0.1, 0.2, 0.0])
+
+    def divergence(a):
+        if scheme == "converged":
+            return sinkhorn_divergence(x, y, blur=0.5, a=a, threshold=1e-10)
+        return annealed_sinkhorn_divergence(x, y, blur=0.5, scaling=0.999, a=a)
+
+    grad = jax.jit(jax.grad(divergence))(a)
+    assert np.all(np.isfinite(grad))
+    moved = jnp.asarray([1.0, 0.0, -1.0, 0.0, 0.0, 0.0, 0.0])
+    step = 1e-5
+    slope = (divergence(a + step * moved) - divergence(a - step * moved)) / (2 * step)
+    assert float(grad @ moved) == pytest.approx(float(slope), rel=1e-6 if scheme == "converged" else 1e-2)
+
+
+def test_far_clouds_converge_as_near_ones():
+    """A shift of a whole cloud by v adds |v + mean difference|^2/2 - |mean difference|^2/2, at any distance."""
+    rng = np.random.default_rng(3)
+    x, y = rng.normal(size=(40, 3)).astype(np.float32), rng.normal(size=(40, 3)).astype(np.float32) + 0.3
+    solve = jax.jit(partial(solve_sinkhorn, blur=0.1))
+    near = solve(jnp.asarray(x), jnp.asarray(y))
+    for shift in (20.0, 100.0, 1000.0):
+        far = solve(jnp.asarray(x + shift), jnp.asarray(y))
+        assert far.converged
+        gap = x.mean(0, dtype=np.float64) - y.mean(0, dtype=np.float64)
+        want = float(near.divergence) + (np.sum((gap + shift) ** 2) - np.sum(gap**2)) / 2
+        assert float(far.divergence) == pytest.approx(want, rel=1e-5)

@@ -245,3 +245,20 @@ def test_table_of_metrics_explains_itself():
         assert metric.direction == "lower is better"
         assert len(metric.definition) > 20
         assert metric.unit in {"x", "x^2", "1"}
+
+
+def test_one_diverged_cell_does_not_hide_in_rounding():
+    """MMD saturates for a far cell; in single precision it would come out negative."""
+    rng = np.random.default_rng(3)
+    real, pred = rng.normal(size=(40, 3)), rng.normal(size=(40, 3)) + 0.3
+    far, farther = pred.copy(), pred.copy()
+    far[0], farther[0] = 1e3, 1e7
+    metric = POPULATION_METRICS["MMD2"].fn
+    assert metric(farther, real) == pytest.approx(metric(far, real), rel=1e-6)
+    assert metric(pred * 1e-9, real * 1e-9) == pytest.approx(metric(pred, real), rel=1e-9)
+
+
+def test_exact_transport_has_no_unit():
+    rng = np.random.default_rng(4)
+    x, y = rng.normal(size=(30, 3)), rng.normal(size=(40, 3)) + 0.3
+    assert wasserstein2(x * 1e-9, y * 1e-9) == pytest.approx(1e-9 * wasserstein2(x, y), rel=1e-9)

@@ -434,3 +434,11 @@ def test_defaults_are_the_paper_s():
     count = lambda tree: sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))  # noqa: E731
     assert count(shapes["drift"]["intrinsic"]) == 50 * 256 + 256 + 256 * 256 + 256 + 256 * 50 + 50
     assert count(shapes) == 119_748
+
+
+def test_a_single_cell_has_scores_of_zero(key):
+    config = scimf.Config(n_dims=4, intrinsic_widths=(8,))
+    params = scimf.init(key, config)
+    x = jnp.ones((1, 4))
+    for softmax in (True, False):
+        assert np.all(np.asarray(scimf.interaction_scores(params, x, config=config, softmax=softmax)) == 0)

@@ -153,3 +153,9 @@ def test_linear_starts_as_torch_does():
     y = Linear(n_out).apply({"params": params}, 2 * jnp.ones((3, n_in)))
     np.testing.assert_allclose(y, np.tile(2 * params["kernel"].sum(0) + params["bias"], (3, 1)), rtol=1e-4, atol=1e-5)
     assert set(Linear(2, use_bias=False).init(jax.random.key(0), jnp.ones((1, 2)))["params"]) == {"kernel"}
+
+
+def test_dropout_of_almost_everything_stays_in_scale(key):
+    q = jax.random.normal(key, (1, 40, 4))
+    ones = jnp.ones((1, 40, 2))
+    assert attend(q, q, ones, dropout_rate=1 - 2**-20, key=key).max() <= 2**16

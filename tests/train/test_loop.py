@@ -273,6 +273,13 @@ def test_patience_survives_a_checkpoint(tmp_path):
     assert (int(state.step), int(state.best.step)) == (30, 10)
 
 
+def test_an_equal_score_is_no_better_one():
+    """0.1 in double precision is less than the float32 of it that the state keeps."""
+    validate, _ = validation([0.1] * 10)
+    state = regression.run(100, validate=validate, validate_every=10, patience=2)
+    assert (int(state.step), int(state.best.step)) == (30, 10)
+
+
 def test_validation_that_is_not_finite_stops():
     validate, _ = validation([1.0, float("nan")])
     with pytest.raises(NonFiniteError, match="validation_w1 is nan after 10 good steps"):
