@@ -69,6 +69,7 @@ def solve_sinkhorn(
     _check(blur, threshold, max_iterations)
     # The plan does not feel a shift of a whole cloud, and the cost feels it exactly: so far clouds are solved as near
     # ones, where float32 still sees the temperature beside the squared distances.
+    x, y = _centred(x, y)
     mean_x, mean_y = _mass(x, a) @ x, _mass(y, b) @ y
     x, y = x - mean_x[None], y - mean_y[None]
     problems = ((x, y, a, b), (x, x, a, a), (y, y, b, b))
@@ -158,6 +159,7 @@ def sinkhorn_plan(
 ) -> Float[Array, "n m"]:
     """The entropic coupling of the two populations: mass moved from x_i to y_j; rows sum to a, columns to b."""
     _check(blur, threshold, max_iterations)
+    x, y = _centred(x, y)
     x, y = x - (_mass(x, a) @ x)[None], y - (_mass(y, b) @ y)[None]  # as in solve_sinkhorn
     return _solve(x, y, a, b, blur, threshold, max_iterations).matrix
 

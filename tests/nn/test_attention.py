@@ -157,5 +157,5 @@ def test_linear_starts_as_torch_does():
 
 def test_dropout_of_almost_everything_stays_in_scale(key):
     q = jax.random.normal(key, (1, 40, 4))
-    ones = jnp.ones((1, 40, 2))
+    ones = jnp.ones((1, 40, 4))
     assert attend(q, q, ones, dropout_rate=1 - 2**-20, key=key).max() <= 2**16
