@@ -107,6 +107,8 @@ def read_experiment(path: str | Path) -> Experiment:
         FileNotFoundError: nothing there.
     """
     path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no run and no settings file {path}.")
     if not path.is_dir():
         return from_json(Experiment, path)
     if not (path / "experiment.json").exists():

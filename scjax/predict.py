@@ -181,7 +181,8 @@ def velocity(trained: Trained, adata: AnnData) -> AnnData:
     """The cells of `adata` with the velocity that the model gives them; each time is one population.
 
     obsm["X_latent"] and obsm["velocity_latent"] (per time unit of the solver), layers["velocity"] in gene space, over
-    the genes of the transform, whose X is the normalised expression.
+    the genes of the transform, whose X is the normalised expression. Other entries of obsm and uns stay; one of these
+    names that was there before is kept as "<name>_before".
 
     Raises:
         ValueError: as `project`.
@@ -201,6 +202,10 @@ def velocity(trained: Trained, adata: AnnData) -> AnnData:
         obs=adata.obs.copy(),
         var=pd.DataFrame(index=list(trained.transform.feature_names)),
     )
+    ours = ("X_latent", "velocity_latent")
+    for key in adata.obsm:
+        found.obsm[f"{key}_before" if key in ours else key] = adata.obsm[key]
+    found.uns.update({key: value for key, value in adata.uns.items() if key != "scjax"})
     found.obsm["X_latent"], found.obsm["velocity_latent"] = latent, v
     found.layers["velocity"] = trained.transform.inverse_velocity(v)
     found.uns["scjax"] = _record(trained)

@@ -59,9 +59,7 @@ class Interrupted(SystemExit):
     def __init__(self, step: int, saved: Saved | None):
         self.step, self.saved = step, saved
         if saved:
-            resume = (
-                f"step {saved.step} is saved in {saved.directory}: run the same command again, resuming from there."
-            )
+            resume = f"step {saved.step} is saved in {saved.directory}: continue with resume=True (--resume)."
         else:
             resume = "there is no checkpoint of this run."
         super().__init__(f"Stopped by SIGTERM after step {step}; {resume}")

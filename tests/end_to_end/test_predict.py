@@ -263,3 +263,14 @@ def test_checkpoints_of_something_else(tmp_path):
         load(tmp_path)
     with pytest.raises(ValueError, match="there is no folder .*nowhere"):
         load(tmp_path / "nowhere")
+
+
+def test_velocity_keeps_what_the_user_had(trained, adata):
+    adata = adata.copy()
+    adata.obsm["X_umap"] = np.zeros((adata.n_obs, 2))
+    adata.obsm["X_latent"] = np.ones((adata.n_obs, 3))
+    adata.uns["palette"] = ["red"]
+    found = velocity(trained, adata)
+    np.testing.assert_array_equal(found.obsm["X_umap"], adata.obsm["X_umap"])
+    np.testing.assert_array_equal(found.obsm["X_latent_before"], adata.obsm["X_latent"])
+    assert found.uns["palette"] == ["red"]

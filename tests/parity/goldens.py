@@ -23,11 +23,17 @@ def cases(model: str, kinds: tuple[str, ...]) -> dict[str, list[str]]:
     return found
 
 
+def absence(model: str) -> str:
+    """Why nothing can be read; empty where it can."""
+    folder = FOLDER / model
+    if folder.is_dir():
+        return ""
+    return f"the recorded numbers of the reference are not at hand: no folder {folder} (set SCJAX_GOLDENS)"
+
+
 def require(model: str) -> None:
-    if not (FOLDER / model).is_dir():
-        pytest.skip(
-            f"the recorded numbers of the reference are not at hand: no folder {FOLDER / model} (set SCJAX_GOLDENS)"
-        )
+    if absence(model):
+        pytest.skip(absence(model))
 
 
 def load(model: str, case: str, suffix: str = "") -> dict[str, np.ndarray]:
