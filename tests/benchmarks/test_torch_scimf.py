@@ -1,17 +1,17 @@
 """The PyTorch peer of the benchmarks computes what the published scIMF computes."""
 
 import importlib.util
-import os
 from functools import partial
 from pathlib import Path
 
+import goldens
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed; it is an extra of the benchmarks only")
 
 ROOT = Path(__file__).parents[2]
-FOLDER = Path(os.environ.get("SCJAX_GOLDENS", ROOT.parent / "shared" / "goldens")) / "scimf"
+FOLDER = goldens.FOLDER / "scimf"
 
 _spec = importlib.util.spec_from_file_location("torch_scimf", ROOT / "benchmarks" / "peers" / "torch_scimf.py")
 peer = importlib.util.module_from_spec(_spec)
@@ -22,9 +22,8 @@ SCALING = {"sink07": 0.7, "sink99": 0.99}
 
 def cases(kind):
     """The cases of one kind by the start of their names; one skipped case where the folder is absent."""
-    if not FOLDER.is_dir():
-        skip = pytest.mark.skip(reason=f"no recorded numbers: no folder {FOLDER} (set SCJAX_GOLDENS)")
-        return [pytest.param(None, id="absent", marks=skip)]
+    if absence := goldens.absence("scimf"):
+        return [pytest.param(None, id="absent", marks=pytest.mark.skip(reason=absence))]
     paths = sorted(p for p in FOLDER.glob(f"{kind}_*.npz") if not p.name.endswith(".f64.npz"))
     return [pytest.param(p, id=p.stem) for p in paths]
 

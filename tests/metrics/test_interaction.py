@@ -1,14 +1,12 @@
 """Interaction by type: plain sums by hand, the recorded reference, reciprocity and its null."""
 
-import os
-from pathlib import Path
-
+import goldens
 import numpy as np
 import pytest
 
 from scjax.metrics.interaction import asymmetry_index, asymmetry_test, balanced_cells, type_interactions
 
-GOLDENS = Path(os.environ.get("SCJAX_GOLDENS", Path(__file__).parents[3] / "shared" / "goldens")) / "scimf"
+GOLDENS = goldens.FOLDER / "scimf"
 LABELS = np.array([0, 1, 0, 2, 1, 0])
 
 

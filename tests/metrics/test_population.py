@@ -2,9 +2,8 @@
 
 import functools
 import math
-import os
-from pathlib import Path
 
+import goldens
 import numpy as np
 import pytest
 from scipy.optimize import linear_sum_assignment
@@ -32,7 +31,7 @@ DISTANCES = {
     "energy_distance": energy_distance,
     "mmd2": mmd2,
 }
-GOLDENS = Path(os.environ.get("SCJAX_GOLDENS", Path(__file__).parents[3] / "shared" / "goldens")) / "scimf"
+GOLDENS = goldens.FOLDER / "scimf"
 SHIFT = np.array([3.0, -4.0, 0.0])  # of length 5
 
 

@@ -1,7 +1,6 @@
-import os
 from dataclasses import replace
-from pathlib import Path
 
+import goldens
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +15,7 @@ from scjax.train.optimizers import (
     make_optimizer,
 )
 
-GOLDENS = Path(os.environ.get("SCJAX_GOLDENS", Path(__file__).parents[3] / "shared" / "goldens")) / "scimf"
+GOLDENS = goldens.FOLDER / "scimf"
 PLAIN = OptimizerConfig(schedule="constant", clip_norm=None)
 
 
@@ -69,8 +68,7 @@ def test_weight_decay_spares_vectors():
 @pytest.mark.usefixtures("x64")
 def test_first_update_is_the_reference_s():
     """Recorded with torch: clip to 0.1, then Adam, from a recorded gradient of norm far above 0.1."""
-    if not GOLDENS.is_dir():
-        pytest.skip(f"the recorded numbers of the reference are not at hand: no folder {GOLDENS} (set SCJAX_GOLDENS)")
+    goldens.require("scimf")
     checked = 0
     for path in sorted(GOLDENS.glob("grad_*.f64.npz")):
         with np.load(path) as file, np.load(path.with_name(path.name.replace(".f64", ""))) as inputs:

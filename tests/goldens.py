@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-FOLDER = Path(os.environ.get("SCJAX_GOLDENS", Path(__file__).parents[3] / "shared" / "goldens"))
+FOLDER = Path(os.environ.get("SCJAX_GOLDENS", Path(__file__).parents[2] / "shared" / "goldens"))
 
 
 def cases(model: str, kinds: tuple[str, ...]) -> dict[str, list[str]]:
