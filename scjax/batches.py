@@ -31,3 +31,23 @@ class TimeSeriesBatch:
     weights: Any
     self_transport: Any = None
     ts: tuple[float, ...] = field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class PairedBatch:
+    """Control cells and perturbed cells of some populations; nothing pairs a control with a perturbed cell but a
+    coupling, if one was asked for.
+
+    Attributes:
+        source: float[populations, cells, genes], control cells of the same context, log-normalised.
+        target: float[populations, cells, genes], cells of the perturbation.
+        perturbation: int[populations, slots], ids of what was done (free slots hold the control's id), or
+            float[populations, features], vectors in the place of ids.
+        genes: int[genes], the token of each gene; the same for all cells, another choice at each step if asked for.
+    """
+
+    source: Any
+    target: Any
+    perturbation: Any
+    genes: Any

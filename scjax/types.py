@@ -15,6 +15,31 @@ LossFn: TypeAlias = Callable[[Params, Batch, PRNGKeyArray], tuple[Scalar, Metric
 PredictFn: TypeAlias = Callable[..., Any]
 
 
+class Population(NamedTuple):
+    """Cells of one perturbation in one context: the unit of splits, predictions and tables of perturbation data.
+
+    Attributes:
+        perturbation: what was done, sorted names, control left out; () is the control itself.
+        context: the values of the covariates within which controls are matched (cell type, line, batch), joined by
+            " | "; "" where there are none.
+    """
+
+    perturbation: tuple[str, ...]
+    context: str = ""
+
+    @property
+    def condition(self) -> str:
+        """`A+B`, or `control`."""
+        return "+".join(self.perturbation) or "control"
+
+    @property
+    def is_control(self) -> bool:
+        return not self.perturbation
+
+    def __str__(self) -> str:
+        return f"{self.condition} ({self.context})" if self.context else self.condition
+
+
 class Model(NamedTuple):
     """A configuration with its functions bound to it: all that training, prediction and tests use of a model."""
 
