@@ -1,32 +1,51 @@
-"""Which times training never sees: rules, and what they resolve to on the times of a data set."""
+"""What training never sees: rules, and what they resolve to on the times or on the populations of a data set.
 
+Times: `split_times`. Perturbations: `split_populations`, whose unit is a population, that is all cells of one condition
+in one context; controls are always for training. `save_split` and `load_split` take both.
+"""
+
+import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
-from scjax.check import at_least, increasing, one_of
+import numpy as np
+
+from scjax.check import at_least, increasing, one_of, probability, suggestion
 from scjax.config import from_json, to_json
+from scjax.types import Population
 
 __all__ = [
+    "AdditiveSplit",
+    "ComboSciPlexSplit",
+    "HoldOutConditions",
+    "HoldOutGenes",
     "HoldOutInterior",
     "HoldOutLast",
     "HoldOutNone",
+    "HoldOutPopulations",
+    "HoldOutSeenDoubles",
     "HoldOutTimes",
+    "LeaveOut",
+    "PerturbationSplit",
+    "PerturbationSplitRule",
     "ReferenceSplit",
     "TimeSplit",
     "TimeSplitRule",
+    "UnseenSingles",
     "each_interior",
     "load_split",
     "save_split",
+    "split_populations",
     "split_times",
 ]
 
 
 @dataclass(frozen=True, kw_only=True)
 class HoldOutNone:
-    """Train on every time."""
+    """Train on everything: every time, or every population."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +73,8 @@ class HoldOutLast:
     def __post_init__(self):
         at_least("n_times", self.n_times, 1)
 
+
+_CONTROL = "control"
 
 # Held-out indices of the time points, as in the published scIMF code.
 _REFERENCE_N_TIMES = {"ZB": 12, "MEF": 19, "Panc": 8}
@@ -134,15 +155,228 @@ def each_interior(times: Iterable[float]) -> tuple[HoldOutTimes, ...]:
     return tuple(HoldOutTimes(times=(t,)) for t in times[1:-1])
 
 
-def save_split(path: str | Path, split: TimeSplit) -> None:
-    """JSON of the rule and of its times. An existing file is never overwritten: FileExistsError."""
-    with open(path, "x") as file:
+@dataclass(frozen=True, kw_only=True)
+class _WithValidation:
+    """What all rules for populations share.
+
+    Attributes:
+        validation_fraction: share of the perturbed training populations that is kept for validation, rounded down; of
+            their conditions, in all contexts, where the rule holds out whole conditions. Test populations never serve
+            as validation, as they do in the scDFM code.
+        validation_seed: which ones.
+    """
+
+    validation_fraction: float = 0.0
+    validation_seed: int = 0
+
+    def __post_init__(self):
+        probability("validation_fraction", self.validation_fraction)
+        at_least("validation_seed", self.validation_seed, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdditiveSplit(_WithValidation):
+    """Hold out a share of the combinations; every single stays in training, so that their effects can be added.
+
+    The reference: the combinations of the data, sorted as the data write them, are shuffled by NumPy's legacy generator
+    with seed 42 + fold, and the first int(0.3 n) are the test. The scDFM code makes folds 0 to 4 and the paper reports
+    four. For a fold of its own `split_populations` must know how the data write their conditions (`written`).
+    """
+
+    fold: int = 0
+    test_fraction: float = 0.3
+    seed: int = 42
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_fold(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HoldOutGenes(_WithValidation):
+    """Hold out genes: those of the first `n_doubles` of the test combinations of an `AdditiveSplit`.
+
+    Attributes:
+        fold, test_fraction, seed: of that split.
+        n_doubles: 15 in the scDFM code ("combinations").
+        follow: "paper": every condition that touches a held-out gene is test. "code": only those `n_doubles`
+            combinations and the singles written `X+control` are; singles written `control+X`, all other combinations
+            of held-out genes and the rest of the fold's test combinations are training, which leaks. Which singles
+            these are only `written` tells; without it all of them are test.
+    """
+
+    fold: int = 0
+    n_doubles: int = 15
+    follow: Literal["paper", "code"] = "paper"
+    test_fraction: float = 0.3
+    seed: int = 42
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_fold(self)
+        at_least("n_doubles", self.n_doubles, 1)
+        one_of("follow", self.follow, ("paper", "code"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnseenSingles(_WithValidation):
+    """Hold out `n_genes` of the genes that were perturbed alone, and every combination that contains one of them.
+
+    The scDFM code means 12 random genes by "unseen" and never gets there; the draw (NumPy's `default_rng(seed)` over
+    the sorted names) is ours.
+    """
+
+    n_genes: int = 12
+    seed: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        at_least("n_genes", self.n_genes, 1)
+        at_least("seed", self.seed, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HoldOutSeenDoubles(_WithValidation):
+    """Hold out the doubles both of whose singles are in the data, in whatever context: `combo_seen2` elsewhere."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeaveOut(_WithValidation):
+    """Hold out all perturbed populations in which a covariate has this value: a cell type, a line, a donor.
+
+    Their controls stay in training, as a prediction starts from them.
+    """
+
+    covariate: str
+    value: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class HoldOutConditions(_WithValidation):
+    """Hold out these conditions, in all contexts. `B+A` is `A+B`, and `A+control` or `ctrl+A` is `A`."""
+
+    conditions: tuple[str, ...]
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.conditions:
+            raise ValueError("conditions must name at least one; to train on all of them use HoldOutNone().")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HoldOutPopulations(_WithValidation):
+    """Hold out these (condition, context) pairs; a context is written as in `Population`."""
+
+    populations: tuple[tuple[str, str], ...]
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.populations:
+            raise ValueError("populations must name at least one; to train on all of them use HoldOutNone().")
+
+
+_COMBOSCIPLEX_TEST = (
+    "Panobinostat+Crizotinib",
+    "Panobinostat+Curcumin",
+    "Panobinostat+SRT1720",
+    "Panobinostat+Sorafenib",
+    "SRT2104+Alvespimycin",
+    "control+Alvespimycin",
+    "control+Dacinostat",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComboSciPlexSplit(_WithValidation):
+    """The seven conditions of ComboSciPlex that the scDFM code holds out, whatever the fold."""
+
+
+PerturbationSplitRule: TypeAlias = (
+    HoldOutNone
+    | AdditiveSplit
+    | HoldOutGenes
+    | UnseenSingles
+    | HoldOutSeenDoubles
+    | LeaveOut
+    | HoldOutConditions
+    | HoldOutPopulations
+    | ComboSciPlexSplit
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerturbationSplit:
+    """A rule and what it came to: populations, sorted, each in one part; all controls are in `train`."""
+
+    rule: PerturbationSplitRule
+    train: tuple[Population, ...]
+    validation: tuple[Population, ...]
+    test: tuple[Population, ...]
+
+    def __post_init__(self):
+        for part in ("train", "validation", "test"):  # JSON knows no named tuples
+            populations = tuple(_as_population(p, f"{part}[{i}]") for i, p in enumerate(getattr(self, part)))
+            object.__setattr__(self, part, populations)
+
+    @property
+    def populations(self) -> tuple[Population, ...]:
+        """All of them, sorted."""
+        return tuple(sorted((*self.train, *self.validation, *self.test)))
+
+
+def split_populations(
+    rule: PerturbationSplitRule,
+    populations: Sequence[Population],
+    covariates: tuple[str, ...] = (),
+    *,
+    written: Iterable[tuple[str, ...]] = (),
+) -> PerturbationSplit:
+    """The rule applied to the populations of a data set.
+
+    Args:
+        covariates: what the parts of a context are, in their order.
+        written: how the data write their conditions: names in the order of the data, "control" for a control, as
+            ("B", "A") or ("control", "A"). The scDFM code sorts and compares these spellings, so its folds depend on
+            them (`AdditiveSplit`, `HoldOutGenes`; other rules do not look). Without it a condition counts as written
+            in its canonical form, a single as `A+control`. Two spellings of a condition remain one condition, which
+            is held out where the code holds out one of them.
+
+    Raises:
+        ValueError: no perturbed population, a condition, context or covariate that the data lack, nothing held out,
+            nothing left to train on, a fraction so small that no population is kept for validation.
+    """
+    populations = tuple(sorted(set(populations)))
+    perturbed = tuple(p for p in populations if not p.is_control)
+    if not perturbed:
+        raise ValueError("populations must hold at least one that is perturbed; all of them are controls.")
+    test = _test_populations(rule, perturbed, covariates, tuple(written))
+    train = [p for p in perturbed if p not in test]
+    if not test and not isinstance(rule, HoldOutNone):
+        raise ValueError(f"{rule} holds out none of {len(perturbed)} perturbed populations; HoldOutNone() says so.")
+    if not train:
+        raise ValueError(f"{rule} holds out all {len(perturbed)} perturbed populations; none is left to train on.")
+    validation = set() if isinstance(rule, HoldOutNone) else _validation(rule, train)
+    return PerturbationSplit(
+        rule=rule,
+        train=tuple(p for p in populations if p not in test and p not in validation),
+        validation=tuple(sorted(validation)),
+        test=tuple(sorted(test)),
+    )
+
+
+def save_split(path: str | Path, split: TimeSplit | PerturbationSplit) -> None:
+    """JSON of the rule and of what it came to. An existing file is never overwritten: FileExistsError."""
+    with open(path, "x", encoding="utf-8") as file:
         file.write(to_json(split))
 
 
-def load_split(path: str | Path) -> TimeSplit:
+def load_split(path: str | Path) -> TimeSplit | PerturbationSplit:
     """What `save_split` wrote. ValueError for anything else."""
-    return from_json(TimeSplit, path)
+    try:
+        fields = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError:
+        fields = {}  # `from_json` says what is wrong
+    return from_json(PerturbationSplit if isinstance(fields, dict) and "test" in fields else TimeSplit, path)
 
 
 def _held_out(rule: TimeSplitRule, times: tuple[float, ...]) -> set[float]:
@@ -171,3 +405,171 @@ def _known(time: float, times: tuple[float, ...]) -> float:
         if math.isclose(time, t, rel_tol=1e-6):  # a column stored as float32 holds 0.1 as 0.100000001
             return t
     raise ValueError(f"HoldOutTimes: {time} is not a time of the data, which are {', '.join(map(str, times))}.")
+
+
+def _check_fold(rule: AdditiveSplit | HoldOutGenes) -> None:
+    at_least("fold", rule.fold, 0)
+    at_least("seed", rule.seed, 0)
+    probability("test_fraction", rule.test_fraction)
+
+
+def _as_population(value: Any, at: str) -> Population:
+    match value:
+        case Population():
+            return value
+        case [[*names], str(context)] if all(isinstance(name, str) for name in names):
+            return Population(tuple(names), context)
+    raise ValueError(f"{at} must be a population, [[names], context]; got {value!r}.")
+
+
+def _test_populations(
+    rule: PerturbationSplitRule,
+    perturbed: tuple[Population, ...],
+    covariates: tuple[str, ...],
+    written: tuple[tuple[str, ...], ...],
+) -> set[Population]:
+    def where(held_out: Callable[[tuple[str, ...]], bool]) -> set[Population]:
+        return {p for p in perturbed if held_out(p.perturbation)}
+
+    conditions = sorted({p.perturbation for p in perturbed})
+    match rule:
+        case HoldOutNone():
+            return set()
+        case AdditiveSplit():
+            spellings = _spellings(conditions, written)
+            held_out = set(_test_combinations(rule, spellings))
+            return where(lambda names: not held_out.isdisjoint(spellings[names]))
+        case HoldOutGenes(n_doubles=n_doubles, follow=follow):
+            spellings = _spellings(conditions, written)
+            first = _test_combinations(rule, spellings)
+            if n_doubles > len(first):
+                raise ValueError(
+                    f"n_doubles must be at most {len(first)}, the test combinations of {rule}; got {n_doubles}."
+                )
+            genes = {name for names in first[:n_doubles] for name in names}
+            if follow == "paper":
+                return where(lambda names: not genes.isdisjoint(names))
+            held_out = {*first[:n_doubles], *((gene, _CONTROL) for gene in genes)}
+            return where(lambda names: not held_out.isdisjoint(spellings[names]))
+        case UnseenSingles(n_genes=n_genes, seed=seed):
+            singles = [names[0] for names in conditions if len(names) == 1]
+            if n_genes > len(singles):
+                raise ValueError(f"n_genes must be at most {len(singles)}, the singles of the data; got {n_genes}.")
+            genes = set(np.random.default_rng(seed).permutation(singles)[:n_genes].tolist())
+            return where(lambda names: not genes.isdisjoint(names))
+        case HoldOutSeenDoubles():
+            singles = {names[0] for names in conditions if len(names) == 1}
+            return where(lambda names: len(names) == 2 and singles.issuperset(names))
+        case LeaveOut(covariate=covariate, value=value):
+            return _with_value(covariate, value, perturbed, covariates)
+        case HoldOutConditions(conditions=wanted):
+            keys = {_known_condition(name, conditions) for name in wanted}
+            return where(lambda names: names in keys)
+        case ComboSciPlexSplit():
+            keys = {_known_condition(name, conditions) for name in _COMBOSCIPLEX_TEST}
+            return where(lambda names: names in keys)
+        case HoldOutPopulations(populations=wanted):
+            return {_known_population(condition, context, perturbed) for condition, context in wanted}
+
+
+def _spellings(
+    conditions: list[tuple[str, ...]], written: tuple[tuple[str, ...], ...]
+) -> dict[tuple[str, ...], list[tuple[str, ...]]]:
+    if not written:
+        return {names: [names if len(names) > 1 else (*names, _CONTROL)] for names in conditions}
+    found: dict[tuple[str, ...], list[tuple[str, ...]]] = {names: [] for names in conditions}
+    for spelling in sorted(set(written)):
+        names = tuple(sorted(name for name in spelling if name != _CONTROL))
+        if names in found:
+            found[names].append(spelling)
+        elif names:
+            raise ValueError(f"written must hold conditions of the data; {'+'.join(spelling)!r} is not one.")
+    for names, spellings in found.items():
+        if not spellings:
+            raise ValueError(f"written must hold every condition of the data; {'+'.join(names)!r} is missing.")
+    return found
+
+
+def _test_combinations(
+    rule: AdditiveSplit | HoldOutGenes, spellings: dict[tuple[str, ...], list[tuple[str, ...]]]
+) -> list[tuple[str, ...]]:
+    """In shuffled order."""
+    combinations = sorted(
+        (spelling for names, several in spellings.items() if len(names) > 1 for spelling in several), key="+".join
+    )
+    order = np.arange(len(combinations))
+    np.random.RandomState(rule.seed + rule.fold).shuffle(order)
+    return [combinations[i] for i in order[: int(rule.test_fraction * len(order))]]
+
+
+def _with_value(
+    covariate: str, value: str, perturbed: tuple[Population, ...], covariates: tuple[str, ...]
+) -> set[Population]:
+    if covariate not in covariates:
+        raise ValueError(
+            f"LeaveOut: covariate must be one of the covariates of the data, which are "
+            f"{', '.join(map(repr, covariates)) or 'none'}; got {covariate!r}.{suggestion(covariate, covariates)}"
+        )
+    values = {p: p.context.split(" | ") for p in perturbed}
+    for p, parts in values.items():
+        if len(parts) != len(covariates):
+            raise ValueError(
+                f"The context {p.context!r} has {len(parts)} parts, the covariates are {len(covariates)}: "
+                f"{', '.join(covariates)}. No value may contain ' | '."
+            )
+    place = covariates.index(covariate)
+    found = {p for p, parts in values.items() if parts[place] == value}
+    if not found:
+        known = sorted({parts[place] for parts in values.values()})
+        raise ValueError(
+            f"LeaveOut: no perturbed population has {covariate}={value!r}.{suggestion(value, known)} "
+            f"There are: {', '.join(known)}."
+        )
+    return found
+
+
+def _known_condition(condition: str, conditions: list[tuple[str, ...]]) -> tuple[str, ...]:
+    key = _unordered(condition)
+    if not key:
+        raise ValueError(f"Controls cannot be held out: {condition!r}. Every prediction starts from them.")
+    for names in conditions:
+        if _unordered("+".join(names)) == key:
+            return names
+    known = ["+".join(names) for names in conditions]
+    raise ValueError(
+        f"{condition!r} is no condition of the data.{suggestion('+'.join(key), known)} "
+        f"There are {len(known)}: {', '.join(known[:8])}{', ...' if len(known) > 8 else ''}."
+    )
+
+
+def _known_population(condition: str, context: str, perturbed: tuple[Population, ...]) -> Population:
+    names = _known_condition(condition, sorted({p.perturbation for p in perturbed}))
+    if Population(names, context) not in perturbed:
+        contexts = [p.context for p in perturbed if p.perturbation == names]
+        raise ValueError(
+            f"The data have no population of {condition!r} in the context {context!r}.{suggestion(context, contexts)} "
+            f"Its contexts are: {', '.join(map(repr, contexts))}."
+        )
+    return Population(names, context)
+
+
+def _unordered(condition: str) -> tuple[str, ...]:
+    return tuple(sorted(name for name in condition.split("+") if name not in (_CONTROL, "ctrl")))
+
+
+def _validation(rule: _WithValidation, train: list[Population]) -> set[Population]:
+    if rule.validation_fraction == 0:
+        return set()
+    # What a test population leaves in training, a validation population must leave there too.
+    by_context = isinstance(rule, LeaveOut | HoldOutPopulations)
+    units = sorted({p if by_context else p.perturbation for p in train})
+    n = int(rule.validation_fraction * len(units))
+    what = "populations" if by_context else "conditions"
+    if n == 0:
+        raise ValueError(
+            f"validation_fraction must be at least {1 / len(units):.3g} to keep one of {len(units)} training {what}; "
+            f"got {rule.validation_fraction}."
+        )
+    order = np.random.default_rng(rule.validation_seed).permutation(len(units))
+    kept = {units[i] for i in order[:n]}
+    return {p for p in train if (p if by_context else p.perturbation) in kept}
