@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float, Int
 
-from scjax.check import at_least, finite, one_of, positive
+from scjax.check import at_least, finite, one_of, positive, suggestion
 from scjax.config import from_dict, to_dict
 from scjax.data.spec import Space
 
@@ -25,23 +25,30 @@ class Preprocess:
         library_size: whose counts make a cell's total, brought to `target_sum`: "all_genes" of the data;
             "selected_genes", the `n_top_genes` kept, as scIMF does it, though their total does not tell a cell's depth;
             None leaves the counts as they are.
-        target_sum: counts per cell after that.
+        target_sum: counts per cell after that; "median" takes the median total of the cells that are fitted on.
         log1p: natural log(1 + x).
         n_top_genes: keep the genes of highest normalised dispersion (`most_variable`); None keeps all.
+        select_on: the cells that choose the genes, and their median total: "train"; or "all" of the data set, as the
+            scDFM code does it, which tells the choice about the test cells. Scaling and PCA see training cells only.
         scale: divide each gene by its population standard deviation, after centring.
         n_components: of a principal component analysis, centred and not whitened; None keeps genes.
     """
 
     library_size: Literal["all_genes", "selected_genes"] | None = "all_genes"
-    target_sum: float = 1e4
+    target_sum: float | Literal["median"] = 1e4
     log1p: bool = True
     n_top_genes: int | None = None
+    select_on: Literal["train", "all"] = "train"
     scale: bool = True
     n_components: int | None = 50
 
     def __post_init__(self):
         one_of("library_size", self.library_size, ("all_genes", "selected_genes", None))
-        positive("target_sum", self.target_sum)
+        if isinstance(self.target_sum, str):
+            one_of("target_sum", self.target_sum, ("median",))
+        else:
+            positive("target_sum", self.target_sum)
+        one_of("select_on", self.select_on, ("train", "all"))
         if self.n_top_genes is not None:
             at_least("n_top_genes", self.n_top_genes, 1)
         if self.n_components is not None:
@@ -65,6 +72,8 @@ class Transform:
         preprocess, space: what was asked for.
         input_names: the genes that `apply` needs: all that make the totals, or the kept ones.
         feature_names: the kept genes, in the order of `mean`, `std` and the columns of `components`.
+        target_sum: counts per cell after normalisation, the fitted median where that was asked for; None where the
+            library size stays.
         mean, std: float64[genes]; 0 and 1 where nothing is centred or scaled. A constant gene has std 1.
         components: float64[dims, genes] or None; orthonormal rows, the largest loading of each is positive.
         explained_variance: float64[dims] or None; of the training cells, denominator n - 1.
@@ -74,6 +83,7 @@ class Transform:
     space: Space
     input_names: tuple[str, ...]
     feature_names: tuple[str, ...]
+    target_sum: float | None
     mean: Float[np.ndarray, " genes"]
     std: Float[np.ndarray, " genes"]
     components: Float[np.ndarray, "dims genes"] | None = None
@@ -124,6 +134,7 @@ class Transform:
             "space": self.space,
             "input_names": list(self.input_names),
             "feature_names": list(self.feature_names),
+            "target_sum": self.target_sum,
         }
         return {name: a for name, a in arrays.items() if a is not None}, rest
 
@@ -134,6 +145,7 @@ class Transform:
             space=rest["space"],
             input_names=tuple(rest["input_names"]),
             feature_names=tuple(rest["feature_names"]),
+            target_sum=rest["target_sum"],
             **{name: np.asarray(a, np.float64) for name, a in arrays.items()},
         )
 
@@ -148,40 +160,62 @@ class Transform:
         position = {name: i for i, name in enumerate(self.input_names)}
         kept = np.array([position[name] for name in self.feature_names])
         for rows, part in _chunks(x):
-            yield rows, _normalise(part[:, columns], kept, self.preprocess)
+            yield rows, _normalise(part[:, columns], kept, self.target_sum, self.preprocess.log1p)
 
 
-def fit(preprocess: Preprocess, x_train: Any, feature_names: Iterable[str], space: Space) -> Transform:
-    """The Transform of these training cells, and of no others.
+def fit(
+    preprocess: Preprocess,
+    x_train: Any,
+    feature_names: Iterable[str],
+    space: Space,
+    forced: Iterable[str] = (),
+    *,
+    x_all: Any = None,
+) -> Transform:
+    """The Transform of these training cells, and of no others unless `select_on="all"`.
 
     Args:
         x_train: cells x features, an array or a SciPy sparse matrix, in `space`.
+        feature_names: unique, one a column.
+        forced: genes that are kept besides the `n_top_genes`, whatever their dispersion. Kept genes stay in the order
+            of `feature_names`.
+        x_all: all cells of the data set; only for `select_on="all"`, and needed there.
 
     Raises:
         ValueError: negative counts, steps that do not suit the space, names that repeat or do not match the width, more
-            genes or components than there are, fewer than two cells.
+            genes or components than there are, a forced gene that is not there, fewer than two cells, `x_all` missing.
     """
     _check_steps(preprocess, space)
-    names = _names(x_train, feature_names)
+    names, forced = _names(x_train, feature_names), set(forced)
     at_least("the number of training cells", x_train.shape[0], 2)
-    values = np.asarray(x_train.data if hasattr(x_train, "indptr") else x_train)
-    finite("x_train", values)
-    if space == "counts" and values.size and values.min() < 0:
-        raise ValueError(f"x_train must hold counts, none below zero; the least is {values.min():g}. Is it scaled?")
+    _check_values("x_train", x_train, space)
+    if preprocess.select_on == "all":
+        if x_all is None:
+            raise ValueError("select_on='all' needs x_all, all cells of the data set; got None. Or set 'train'.")
+        _names(x_all, names)
+        _check_values("x_all", x_all, space)
+    unknown = sorted(forced - set(names))
+    if unknown:
+        raise ValueError(
+            f"forced must name genes of the data; {len(unknown)} are not: {', '.join(unknown[:5])}"
+            f"{', ...' if len(unknown) > 5 else ''}.{suggestion(unknown[0], names)} Leave unmeasured genes out."
+        )
 
+    x_select = x_all if preprocess.select_on == "all" else x_train
     n_top = preprocess.n_top_genes
     if n_top is None:
         kept = np.arange(len(names))
     else:
         if n_top > len(names):
             raise ValueError(f"n_top_genes must be at most the {len(names)} genes of the data; got {n_top}.")
-        kept = _select(preprocess, x_train, space)
-    input_names = names if preprocess.library_size == "all_genes" else tuple(names[i] for i in kept)
+        chosen = _select(preprocess, x_select, space)
+        kept = np.union1d(chosen, [i for i, name in enumerate(names) if name in forced]).astype(int)
     identity = Transform(
         preprocess=preprocess,
         space=space,
-        input_names=input_names,
+        input_names=names if preprocess.library_size == "all_genes" else tuple(names[i] for i in kept),
         feature_names=tuple(names[i] for i in kept),
+        target_sum=_target_sum(preprocess, x_select, kept if preprocess.library_size == "selected_genes" else None),
         mean=np.zeros(len(kept)),
         std=np.ones(len(kept)),
     )
@@ -233,15 +267,35 @@ def _check_steps(preprocess: Preprocess, space: Space) -> None:
         raise ValueError(f"Preprocess has {given}, which is for counts; for space={space!r} set {mend}.")
 
 
-def _select(preprocess: Preprocess, x_train: Any, space: Space) -> np.ndarray:
+def _check_values(name: str, x: Any, space: Space) -> None:
+    values = np.asarray(x.data if hasattr(x, "indptr") else x)
+    finite(name, values)
+    if space == "counts" and values.size and values.min() < 0:
+        raise ValueError(f"{name} must hold counts, none below zero; the least is {values.min():g}. Is it scaled?")
+
+
+def _target_sum(preprocess: Preprocess, x: Any, genes: np.ndarray | None) -> float | None:
+    """The counts to which every cell is brought; a median is of the totals over `genes` (None: all) that are not 0."""
+    if preprocess.library_size is None:
+        return None
+    if preprocess.target_sum != "median":
+        return float(preprocess.target_sum)
+    totals = np.concatenate([(part if genes is None else part[:, genes]).sum(axis=1) for _, part in _chunks(x)])
+    if not (totals > 0).any():
+        raise ValueError("target_sum='median' needs cells with counts; all of them are empty.")
+    return float(np.median(totals[totals > 0]))
+
+
+def _select(preprocess: Preprocess, x: Any, space: Space) -> np.ndarray:
     """The most variable genes, with totals over all genes."""
-    shift, n = None, x_train.shape[0]
+    shift, n = None, x.shape[0]
+    target_sum = _target_sum(preprocess, x, None)
     total = square = 0.0
-    for _, part in _chunks(x_train):  # sums of shifted values, which lose no digits to a large mean
+    for _, part in _chunks(x):  # sums of shifted values, which lose no digits to a large mean
         if space == "lognormalised":
             values = np.expm1(part)
         else:
-            values = part if preprocess.library_size is None else _to_total(part, preprocess.target_sum)
+            values = part if target_sum is None else _to_total(part, target_sum)
         shift = values.mean(axis=0) if shift is None else shift
         total = total + (values - shift).sum(axis=0)
         square = square + ((values - shift) ** 2).sum(axis=0)
@@ -263,6 +317,7 @@ def _fit_affine(identity: Transform, x: np.ndarray) -> Transform:
         space=identity.space,
         input_names=identity.input_names,
         feature_names=identity.feature_names,
+        target_sum=identity.target_sum,
         mean=mean,
         std=std,
         components=components,
@@ -286,14 +341,12 @@ def _principal_components(z: np.ndarray, n_components: int) -> tuple[np.ndarray,
     return pca.components_ * np.where(strongest < 0, -1.0, 1.0), pca.explained_variance_
 
 
-def _normalise(part: np.ndarray, kept: np.ndarray, preprocess: Preprocess) -> np.ndarray:
-    """`part` holds the input genes, `kept` says which of them stay."""
-    if (
-        preprocess.library_size is not None
-    ):  # the totals: of all input genes, which are the kept ones for selected_genes
-        part = _to_total(part, preprocess.target_sum)
+def _normalise(part: np.ndarray, kept: np.ndarray, target_sum: float | None, log1p: bool) -> np.ndarray:
+    """`part` holds the input genes, which make the totals; `kept` says which of them stay."""
+    if target_sum is not None:
+        part = _to_total(part, target_sum)
     part = part[:, kept]
-    return np.log1p(part) if preprocess.log1p else part
+    return np.log1p(part) if log1p else part
 
 
 def _to_total(part: np.ndarray, target_sum: float) -> np.ndarray:

@@ -15,6 +15,7 @@ import numpy as np
 
 from scjax.check import at_least, increasing, one_of, probability, suggestion
 from scjax.config import from_json, to_json
+from scjax.data.conditions import CONTROL, canonical
 from scjax.types import Population
 
 __all__ = [
@@ -73,8 +74,6 @@ class HoldOutLast:
     def __post_init__(self):
         at_least("n_times", self.n_times, 1)
 
-
-_CONTROL = "control"
 
 # Held-out indices of the time points, as in the published scIMF code.
 _REFERENCE_N_TIMES = {"ZB": 12, "MEF": 19, "Panc": 8}
@@ -449,7 +448,7 @@ def _test_populations(
             genes = {name for names in first[:n_doubles] for name in names}
             if follow == "paper":
                 return where(lambda names: not genes.isdisjoint(names))
-            held_out = {*first[:n_doubles], *((gene, _CONTROL) for gene in genes)}
+            held_out = {*first[:n_doubles], *((gene, CONTROL) for gene in genes)}
             return where(lambda names: not held_out.isdisjoint(spellings[names]))
         case UnseenSingles(n_genes=n_genes, seed=seed):
             singles = [names[0] for names in conditions if len(names) == 1]
@@ -476,10 +475,10 @@ def _spellings(
     conditions: list[tuple[str, ...]], written: tuple[tuple[str, ...], ...]
 ) -> dict[tuple[str, ...], list[tuple[str, ...]]]:
     if not written:
-        return {names: [names if len(names) > 1 else (*names, _CONTROL)] for names in conditions}
+        return {names: [names if len(names) > 1 else (*names, CONTROL)] for names in conditions}
     found: dict[tuple[str, ...], list[tuple[str, ...]]] = {names: [] for names in conditions}
     for spelling in sorted(set(written)):
-        names = tuple(sorted(name for name in spelling if name != _CONTROL))
+        names = tuple(sorted(name for name in spelling if name != CONTROL))
         if names in found:
             found[names].append(spelling)
         elif names:
@@ -529,15 +528,14 @@ def _with_value(
 
 
 def _known_condition(condition: str, conditions: list[tuple[str, ...]]) -> tuple[str, ...]:
-    key = _unordered(condition)
-    if not key:
+    names = canonical(condition)
+    if not names:
         raise ValueError(f"Controls cannot be held out: {condition!r}. Every prediction starts from them.")
-    for names in conditions:
-        if _unordered("+".join(names)) == key:
-            return names
+    if names in conditions:
+        return names
     known = ["+".join(names) for names in conditions]
     raise ValueError(
-        f"{condition!r} is no condition of the data.{suggestion('+'.join(key), known)} "
+        f"{condition!r} is no condition of the data.{suggestion('+'.join(names), known)} "
         f"There are {len(known)}: {', '.join(known[:8])}{', ...' if len(known) > 8 else ''}."
     )
 
@@ -551,10 +549,6 @@ def _known_population(condition: str, context: str, perturbed: tuple[Population,
             f"Its contexts are: {', '.join(map(repr, contexts))}."
         )
     return Population(names, context)
-
-
-def _unordered(condition: str) -> tuple[str, ...]:
-    return tuple(sorted(name for name in condition.split("+") if name not in (_CONTROL, "ctrl")))
 
 
 def _validation(rule: _WithValidation, train: list[Population]) -> set[Population]:

@@ -10,13 +10,12 @@ import numpy as np
 from jaxtyping import Int
 
 from scjax.check import at_least, one_of, suggestion
+from scjax.data.conditions import CONTROL
 
 __all__ = ["SPECIAL_TOKENS", "PerturbationIds", "Vocabulary"]
 
-SPECIAL_TOKENS = ("<pad>", "<cls>", "<mask>", "control")  # ids 0 to 3, as in the scDFM code
+SPECIAL_TOKENS = ("<pad>", "<cls>", "<mask>", CONTROL)  # ids 0 to 3, as in the scDFM code
 PerturbationIds: TypeAlias = Literal["gene", "table"]
-
-_CONTROL = "control"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +38,8 @@ class Vocabulary:
             repeated = [name for name, n in Counter(getattr(self, field)).items() if n > 1]
             if repeated:
                 raise ValueError(f"{field} must be unique; {repeated[0]!r} is repeated.")
-        if _CONTROL not in self.perturbations:
-            raise ValueError(f"perturbations must hold {_CONTROL!r}; got {', '.join(self.perturbations[:5])}.")
+        if CONTROL not in self.perturbations:
+            raise ValueError(f"perturbations must hold {CONTROL!r}; got {', '.join(self.perturbations[:5])}.")
 
     @classmethod
     def of(cls, genes: Iterable[str], perturbed_names: Iterable[str]) -> "Vocabulary":
@@ -49,11 +48,11 @@ class Vocabulary:
         Raises:
             ValueError: a gene twice, or a name that is one of `SPECIAL_TOKENS` (but a perturbed name "control").
         """
-        genes, names = sorted(genes), sorted({*perturbed_names, _CONTROL})
-        taken = sorted({*genes, *(set(names) - {_CONTROL})} & set(SPECIAL_TOKENS))
+        genes, names = sorted(genes), sorted({*perturbed_names, CONTROL})
+        taken = sorted({*genes, *(set(names) - {CONTROL})} & set(SPECIAL_TOKENS))
         if taken:
             raise ValueError(f"A gene or a perturbation is called {taken[0]!r}, which has a meaning here. Rename it.")
-        unmeasured = sorted(set(names) - {*genes, _CONTROL})
+        unmeasured = sorted(set(names) - {*genes, CONTROL})
         return cls(tokens=(*SPECIAL_TOKENS, *genes, *unmeasured), perturbations=tuple(names))
 
     @property
@@ -84,15 +83,16 @@ class Vocabulary:
     ) -> Int[np.ndarray, "n slots"]:
         """The ids of each perturbation, int32: tokens for "gene", places in `perturbations` for "table".
 
-        Names keep their order and may include "control"; free slots at the end hold the control's id.
+        Names keep their order and may include "control"; free slots at the end hold the control's id. A measured gene
+        has a token, whether any cell was perturbed in it or not.
 
         Raises:
             ValueError: a name that is unknown, or more names than slots.
         """
         one_of("kind", kind, ("gene", "table"))
         at_least("n_slots", n_slots, 1)
-        id_of = self._token_of if kind == "gene" else self._place_of
-        ids = np.full((len(perturbations), n_slots), id_of[_CONTROL], np.int32)
+        known, what = (self._token_of, "genes") if kind == "gene" else (self._place_of, "perturbations")
+        ids = np.full((len(perturbations), n_slots), known[CONTROL], np.int32)
         for row, names in zip(ids, perturbations, strict=True):
             if len(names) > n_slots:
                 raise ValueError(
@@ -100,12 +100,13 @@ class Vocabulary:
                     f"Set n_slots to the size of the largest combination before training."
                 )
             for slot, name in enumerate(names):
-                if name not in self._place_of:
+                if name not in known or (name in SPECIAL_TOKENS and name != CONTROL):
+                    names_known = [n for n in known if n not in SPECIAL_TOKENS]
                     raise ValueError(
-                        f"{name!r} is not among the {self.n_perturbations} perturbations of the data."
-                        f"{suggestion(name, self.perturbations)}"
+                        f"{name!r} is not among the {len(names_known)} {what} of the data."
+                        f"{suggestion(name, names_known)}"
                     )
-                row[slot] = id_of[name]
+                row[slot] = known[name]
         return ids
 
     @cached_property
