@@ -1,16 +1,20 @@
 """Rows to batches of static shape."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from scjax.batches import TimeSeriesBatch
-from scjax.data.sampling import TimeSeriesSampling, time_series_rows
+from scjax.batches import PairedBatch, TimeSeriesBatch
+from scjax.check import one_of
+from scjax.data.conditions import EmbeddingKind
+from scjax.data.perturbation import PerturbationData
+from scjax.data.sampling import PairedSampling, TimeSeriesSampling, paired_rows, time_series_rows
 from scjax.data.timeseries import TimeSeriesData
+from scjax.types import Population
 
-__all__ = ["make_batches", "pad_populations"]
+__all__ = ["make_batches", "make_paired_batches", "optimal_pairs", "pad_populations"]
 
 
 def pad_populations(
@@ -68,3 +72,56 @@ def _checked_self_transport(self_transport: Any, sampling: TimeSeriesSampling, n
     if values.shape != (n_targets,):
         raise ValueError(f"self_transport must have shape ({n_targets},), one a later time; got {values.shape}.")
     return values
+
+
+def make_paired_batches(
+    data: PerturbationData,
+    sampling: PairedSampling,
+    seed: int,
+    kind: EmbeddingKind = "gene",
+    populations: Iterable[Population] | None = None,
+) -> Callable[[int], PairedBatch]:
+    """Batch n of training, for any n: cells of training populations and controls of the same context.
+
+    Args:
+        kind: what the ids of `PairedBatch.perturbation` count: tokens ("gene") or `data.vocabulary.perturbations`
+            ("table", and "vector", whose rows are those of `data.vectors`).
+        populations: to draw from; None takes those of training. For a validation loss: `data.split.validation`.
+
+    Raises:
+        ValueError: no population to draw from, more genes than the data have, kind="vector" without vectors.
+    """
+    one_of("kind", kind, ("gene", "table", "vector"))
+    if kind == "vector" and data.vectors is None:
+        raise ValueError("kind='vector', but the data have no external vectors; name them in DataSpec.vectors.")
+    given = data.split.train if populations is None else tuple(populations)
+    drawn = [p for p in given if sampling.include_control or not p.is_control]
+    if not drawn:
+        raise ValueError(
+            f"populations must hold at least one to draw from; got {', '.join(map(str, given)) or 'none'}."
+        )
+    targets = [data.rows_of(p) for p in drawn]
+    sources = [data.rows_of(Population((), p.context)) for p in drawn]
+    ids = data.vocabulary.encode([p.perturbation for p in drawn], "gene" if kind == "gene" else "table", data.n_slots)
+    tokens = data.vocabulary.gene_tokens(data.transform.feature_names)
+
+    def batch_at(step: int) -> PairedBatch:
+        rows = paired_rows(targets, sources, data.n_genes, sampling, seed=seed, step=step)
+        source, target = (data.x[r[..., None], rows.genes] for r in (rows.source, rows.target))
+        if sampling.coupling == "ot":
+            source = np.stack([x0[optimal_pairs(x0, x1)] for x0, x1 in zip(source, target, strict=True)])
+        return PairedBatch(source=source, target=target, perturbation=ids[rows.populations], genes=tokens[rows.genes])
+
+    batch_at(0)
+    return batch_at
+
+
+def optimal_pairs(
+    x0: Float[np.ndarray, "cells genes"], x1: Float[np.ndarray, "cells genes"]
+) -> Int[np.ndarray, " cells"]:
+    """The order of `x0` in which it lies nearest to `x1`, cell by cell: exact optimal transport, squared distances."""
+    from scipy.optimize import linear_sum_assignment
+    from scipy.spatial.distance import cdist
+
+    rows, columns = linear_sum_assignment(cdist(x1, x0, "sqeuclidean"))
+    return columns[np.argsort(rows)]

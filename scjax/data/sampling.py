@@ -2,14 +2,21 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 
-from scjax.check import at_least
+from scjax.check import at_least, one_of
 
-__all__ = ["TimeSeriesRows", "TimeSeriesSampling", "time_series_rows"]
+__all__ = [
+    "PairedRows",
+    "PairedSampling",
+    "TimeSeriesRows",
+    "TimeSeriesSampling",
+    "paired_rows",
+    "time_series_rows",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,3 +63,73 @@ def time_series_rows(
 
 def _draw(rng: np.random.Generator, rows: np.ndarray, n: int) -> np.ndarray:
     return rng.choice(rows, n, replace=len(rows) < n)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairedSampling:
+    """What a step sees of perturbation data. The defaults are those of the scDFM code.
+
+    Attributes:
+        n_populations: perturbations of a step, each in one context; uniform over the training populations, not over
+            their cells, and without repeats within a step where there are enough.
+        n_cells: perturbed cells of each, drawn with replacement, and as many controls of its context. 48 in the code of
+            scDFM, 96 in its paper. The MMD takes at least 2.
+        n_genes: of a uniform choice, another at each step, in random order; None takes all, in their order.
+        coupling: "independent" leaves controls and perturbed cells as they were drawn; "ot" pairs them within each
+            population by exact optimal transport (squared distance on the genes of the step).
+        include_control: let control populations be targets too, so that "nothing was done" is learned; the scDFM code
+            never does.
+    """
+
+    n_populations: int = 1
+    n_cells: int = 48
+    n_genes: int | None = 1000
+    coupling: Literal["independent", "ot"] = "independent"
+    include_control: bool = False
+
+    def __post_init__(self):
+        at_least("n_populations", self.n_populations, 1)
+        at_least("n_cells", self.n_cells, 2)
+        if self.n_genes is not None:
+            at_least("n_genes", self.n_genes, 1)
+        one_of("coupling", self.coupling, ("independent", "ot"))
+
+
+class PairedRows(NamedTuple):
+    """One batch in numbers: which populations, the rows of their controls and of their cells, which genes."""
+
+    populations: Int[np.ndarray, " populations"]
+    source: Int[np.ndarray, "populations cells"]
+    target: Int[np.ndarray, "populations cells"]
+    genes: Int[np.ndarray, " genes"]
+
+
+def paired_rows(
+    targets: Sequence[Int[np.ndarray, " _"]],
+    sources: Sequence[Int[np.ndarray, " _"]],
+    n_genes: int,
+    sampling: PairedSampling,
+    *,
+    seed: int,
+    step: int,
+) -> PairedRows:
+    """Batch `step` of a run with this seed, before any coupling.
+
+    `targets`: the rows of each population that may be drawn; `sources`: for each of them, the rows of its controls;
+    `n_genes`: of the data.
+
+    Raises:
+        ValueError: no population, or `sampling.n_genes` above `n_genes`.
+    """
+    at_least("seed", seed, 0)
+    at_least("step", step, 0)
+    at_least("the number of populations to draw from", len(targets), 1)
+    if sampling.n_genes is not None and sampling.n_genes > n_genes:
+        raise ValueError(
+            f"n_genes must be at most the {n_genes} genes of the data; got {sampling.n_genes}. None takes all."
+        )
+    rng = np.random.default_rng([seed, step])
+    populations = rng.choice(len(targets), sampling.n_populations, replace=len(targets) < sampling.n_populations)
+    drawn = [[rng.choice(rows[p], sampling.n_cells) for p in populations] for rows in (targets, sources)]
+    genes = np.arange(n_genes) if sampling.n_genes is None else rng.permutation(n_genes)[: sampling.n_genes]
+    return PairedRows(populations, source=np.stack(drawn[1]), target=np.stack(drawn[0]), genes=genes)

@@ -1,14 +1,25 @@
 """What the keys of an AnnData mean to a model, and the check that finds everything wrong with them at once."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from scjax.check import column, one_of, suggestion
+from scjax.data.conditions import (
+    CONTROL,
+    CellKinds,
+    as_columns,
+    canonical,
+    canonical_parts,
+    dose_of,
+    read_kinds,
+    with_dose,
+)
+from scjax.types import Population
 
 __all__ = ["AnnData", "DataSpec", "Space", "expression_matrix", "feature_names"]
 
@@ -21,7 +32,7 @@ _LARGEST_LOG = 20.0  # log1p of five hundred million: no log-normalised value is
 
 @dataclass(frozen=True, kw_only=True)
 class DataSpec:
-    """The roles of the parts of an AnnData.
+    """The roles of the parts of an AnnData. A time series names `time`, perturbation data name `perturbation`.
 
     Attributes:
         expression: where the numbers are: "X", "layers/<name>" or "obsm/<name>".
@@ -29,27 +40,70 @@ class DataSpec:
             "latent" (any real coordinates). It is never guessed.
         time: the obs column of sampling times: numbers in one unit, equal for cells that were sampled together.
         cell_type: the obs column of cell types, where there is one.
+        perturbation: the obs column of what was done, several names joined by `separator` (`A+B`, `A+ctrl`, `ctrl`); or
+            several columns with one name each. The order of names does not matter.
+        control: the names that mean that nothing was done.
+        separator: between names in one column.
+        dose: the obs column of doses, positive numbers, one a cell or one a name joined like the names; as many columns
+            as `perturbation` has. A perturbation is then `name@dose`. Controls have none, whatever is there.
+        covariates: the obs columns (cell type, line, batch) within whose combinations controls are matched.
+        vectors: the key of adata.uns that holds an external vector for each perturbation: a DataFrame with a row a
+            name, or a dict. A dose is part of the name.
     """
 
     expression: str = "X"
     space: Space
-    time: str
+    time: str | None = None
     cell_type: str | None = None
+    perturbation: str | tuple[str, ...] | None = None
+    control: str | tuple[str, ...] = (CONTROL, "ctrl")
+    separator: str = "+"
+    dose: str | tuple[str, ...] | None = None
+    covariates: tuple[str, ...] = ()
+    vectors: str | None = None
 
     def __post_init__(self):
         one_of("space", self.space, ("counts", "lognormalised", "latent"))
         place, _, name = self.expression.partition("/")
         if not (self.expression == "X" or (place in ("layers", "obsm") and name)):
             raise ValueError(f"expression must be 'X', 'layers/<name>' or 'obsm/<name>'; got {self.expression!r}.")
+        if self.time is None and not self.perturbation:
+            raise ValueError(
+                "A DataSpec must name the obs column of time (a time series) or of perturbation; both are missing."
+            )
+        if self.perturbation is None:
+            given = [role for role in ("dose", "covariates", "vectors") if getattr(self, role)]
+            if given:
+                raise ValueError(f"{', '.join(given)} belong to perturbations, but perturbation=None names no column.")
+        if not self.separator.strip():
+            raise ValueError(f"separator must be a visible sign between names; got {self.separator!r}.")
+        if not self.control_names or any(not c.strip() or self.separator in c or "+" in c for c in self.control_names):
+            raise ValueError(
+                f"control must hold at least one name, without {self.separator!r} and '+'; got {self.control!r}."
+            )
+        if self.dose is not None and (
+            isinstance(self.dose, str) != isinstance(self.perturbation, str)
+            or len(as_columns(self.dose)) != len(as_columns(self.perturbation))
+        ):
+            raise ValueError(
+                f"dose must name as many columns as perturbation; got dose={self.dose!r}, "
+                f"perturbation={self.perturbation!r}."
+            )
 
-    def check(self, adata: AnnData, *, min_times: int = 2) -> None:
+    @property
+    def control_names(self) -> tuple[str, ...]:
+        return (self.control,) if isinstance(self.control, str) else self.control
+
+    def check(self, adata: AnnData, *, min_times: int = 2, min_cells: int = 2) -> None:
         """Nothing, or one ValueError that lists every problem of `adata` under this spec, each with its mend.
 
         `min_times`: training needs two times, a prediction starts from one (whose cells may then be single).
+        `min_cells`: training needs two cells of each population; a prediction, 0, looks for control cells only.
         """
         problems = [
-            *_time_problems(self, adata, min_times),
+            *(_time_problems(self, adata, min_times) if self.time is not None else ()),
             *_cell_type_problems(self, adata),
+            *(_perturbation_problems(self, adata, min_cells) if self.perturbation is not None else ()),
             *_expression_problems(self, adata),
         ]
         if problems:
@@ -61,6 +115,8 @@ class DataSpec:
         """The time of each cell; NaN where the column holds no number. Raises ValueError for a missing column."""
         import pandas as pd
 
+        if self.time is None:
+            raise ValueError("time=None: this DataSpec names no obs column of times. Set it for a time series.")
         column("time", self.time, adata.obs)
         values = adata.obs[self.time]
         if isinstance(values.dtype, pd.CategoricalDtype):
@@ -68,6 +124,74 @@ class DataSpec:
         if not (pd.api.types.is_numeric_dtype(values) or pd.api.types.is_string_dtype(values)):
             return np.full(len(values), np.nan)  # dates and spans would turn into nanoseconds
         return pd.to_numeric(values, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
+
+    def read_spellings(self, adata: AnnData) -> tuple[tuple[str, ...], ...]:
+        """The conditions as the data write them, for splits that depend on it: names in the order of the data.
+
+        A control is "control" whatever the data call it, and a single that stands alone counts as `A+control`.
+        """
+        cells = _read_cells(self, adata)
+        return tuple(sorted({spelling for i, spelling in enumerate(cells.spellings) if cells.is_sound(i)}))
+
+    def read_populations(self, adata: AnnData) -> tuple[tuple[Population, ...], Int[np.ndarray, " cells"]]:
+        """The populations, sorted (controls first), and the index among them of each cell.
+
+        Raises:
+            ValueError: what `check` lists, the first of it.
+        """
+        cells = _read_cells(self, adata)
+        if cells.incomplete:
+            raise ValueError("Some cells have no value in a column of the perturbation or of the covariates.")
+        for problem in (*cells.problems.values(), *cells.dose_problems.values()):
+            raise ValueError(problem)
+        of_kind = cells.populations
+        populations = tuple(sorted(set(of_kind)))
+        place = {population: i for i, population in enumerate(populations)}
+        return populations, np.array([place[p] for p in of_kind], np.int64)[cells.kind]
+
+    def read_controls(self, adata: AnnData) -> dict[str, Int[np.ndarray, " _"]]:
+        """The rows of the control cells of each context, contexts sorted: all that a prediction needs of `adata`."""
+        cells = _read_cells(self, adata, doses=False)
+        found: dict[str, list[np.ndarray]] = {}
+        for i, population in enumerate(cells.populations):
+            if population.is_control and cells.is_sound(i):
+                found.setdefault(population.context, []).append(np.flatnonzero(cells.kind == i))
+        return {context: np.sort(np.concatenate(found[context])) for context in sorted(found)}
+
+    def read_vectors(self, adata: AnnData) -> dict[str, Float[np.ndarray, " features"]]:
+        """The external vectors by name, also of names that do not occur; {} where the spec names none.
+
+        Raises:
+            ValueError: no such key, no table of numbers, unequal lengths, NaN.
+        """
+        if self.vectors is None:
+            return {}
+        if self.vectors not in adata.uns:
+            known = [str(k) for k in adata.uns]
+            raise ValueError(
+                f"vectors names a key of adata.uns; {self.vectors!r} is not one.{suggestion(self.vectors, known)} "
+                f"It has: {', '.join(known) or 'none'}."
+            )
+        return _vectors(self.vectors, adata.uns[self.vectors])
+
+    def parse_condition(self, name: str) -> tuple[str, ...]:
+        """The parts of a condition as a user writes it (`B+A`, `ctrl+A`, `JQ1@0.50`), as `Population` has them.
+
+        "control" is the control here, whatever the data call it.
+
+        Raises:
+            ValueError: an empty part, a part twice; with doses, a part without one (`JQ1` is no condition then).
+        """
+        parts = canonical(name, self.separator, (*self.control_names, CONTROL))
+        if self.dose is None:
+            return parts
+        dosed = []
+        for part in parts:
+            drug, dose = dose_of(part)
+            if dose is None or dose <= 0:
+                raise ValueError(f"{name!r}: {part!r} has no dose; write 'name@dose' with a positive number.")
+            dosed.append(with_dose(drug, dose))
+        return canonical_parts(dosed, self.control_names)
 
 
 def expression_matrix(adata: AnnData, spec: DataSpec) -> Any:
@@ -152,6 +276,139 @@ def _cell_type_problems(spec: DataSpec, adata: AnnData) -> Iterator[str]:
             f"cell_type: {missing} cells have no value in obs[{spec.cell_type!r}]. Remove them or give them a name, "
             f"such as 'unknown'."
         )
+
+
+def _read_cells(spec: DataSpec, adata: AnnData, *, doses: bool = True) -> CellKinds:
+    """Raises ValueError for a missing column."""
+    if spec.perturbation is None:
+        raise ValueError("perturbation=None: this DataSpec names no obs column of perturbations.")
+    return read_kinds(
+        adata.obs,
+        spec.perturbation,
+        spec.dose if doses else None,
+        spec.covariates,
+        separator=spec.separator,
+        control=spec.control_names,
+    )
+
+
+def _perturbation_problems(spec: DataSpec, adata: AnnData, min_cells: int) -> Iterator[str]:
+    roles = {"perturbation": as_columns(spec.perturbation), "covariates": spec.covariates}
+    if min_cells > 0:
+        roles["dose"] = as_columns(spec.dose)
+    missing = [problem for role, keys in roles.items() for key in keys for problem in _missing_column(role, key, adata)]
+    if missing:
+        yield from missing
+        return
+    for role in ("perturbation", "covariates"):
+        for key in roles[role]:
+            gone = adata.obs[key].isna().to_numpy()
+            if gone.any():
+                yield (
+                    f"{role}: {int(gone.sum())} of {len(gone)} cells have no value in obs[{key!r}], the first is "
+                    f"{str(adata.obs_names[int(np.argmax(gone))])!r}. Remove these cells or give them a name"
+                    f"{f', the control its own ({spec.control_names[0]!r})' if role == 'perturbation' else ''}."
+                )
+    cells = _read_cells(spec, adata, doses=min_cells > 0)
+    n_cells = np.bincount(cells.kind, minlength=len(cells.populations))
+    for found in (cells.problems, cells.dose_problems):
+        told: Counter[str] = Counter()
+        for i, problem in found.items():
+            told[problem] += int(n_cells[i])
+        most = 5  # a separator that is not the data's makes one message a name
+        for problem, n in told.most_common(most):
+            yield f"{problem} ({n} cells.)"
+        if len(told) > most:
+            yield f"{next(iter(told)).partition(':')[0]}: {len(told) - most} more such names."
+    counted: Counter[Population] = Counter()
+    for i, population in enumerate(cells.populations):
+        if cells.is_sound(i):
+            counted[population] += int(n_cells[i])
+    yield from _population_problems(spec, counted, min_cells)
+    if min_cells > 0:
+        yield from _vector_problems(spec, adata, {part for p in counted for part in p.perturbation})
+
+
+def _missing_column(role: str, key: str, adata: AnnData) -> Iterator[str]:
+    try:
+        column(role, key, adata.obs)
+    except ValueError as err:
+        yield str(err)
+
+
+def _population_problems(spec: DataSpec, counted: Counter[Population], min_cells: int) -> Iterator[str]:
+    place = f"obs[{as_columns(spec.perturbation)[0]!r}]"
+    control = ", ".join(map(repr, spec.control_names))
+    controlled = {p.context for p in counted if p.is_control}
+    if counted and not controlled:
+        names: Counter[str] = Counter()
+        for population, n in counted.items():
+            names.update(dict.fromkeys(population.perturbation, n))
+        yield (
+            f"control: no cell of {place} is a control ({control}). Set control to the name of yours; the commonest "
+            f"names are {_some([repr(name) for name, _ in names.most_common(5)])}."
+        )
+    if min_cells == 0:
+        return
+    if counted and all(p.is_control for p in counted):
+        yield f"perturbation: every cell of {place} is a control ({control}); there is no perturbation to learn."
+    if controlled:
+        alone = sorted({p.context for p in counted} - controlled)
+        if alone:
+            yield (
+                f"covariates: {len(alone)} of the combinations of {', '.join(spec.covariates)} have perturbed cells "
+                f"and no controls ({_some([repr(context) for context in alone])}). Remove these cells, or match "
+                f"controls within fewer covariates."
+            )
+    few = sorted(p for p, n in counted.items() if n < min_cells)
+    if few:
+        yield (
+            f"perturbation: each population needs at least {min_cells} cells; {len(few)} have fewer "
+            f"({_some(list(map(str, few)))}). Remove these cells"
+            f"{', or match controls within fewer covariates' if spec.covariates else ''}."
+        )
+
+
+def _vector_problems(spec: DataSpec, adata: AnnData, names: Iterable[str]) -> Iterator[str]:
+    try:
+        vectors = spec.read_vectors(adata)
+    except ValueError as err:
+        yield str(err)
+        return
+    lacking = sorted(set(names) - set(vectors))
+    if spec.vectors is not None and lacking:
+        yield (
+            f"vectors: adata.uns[{spec.vectors!r}] has none for {len(lacking)} perturbations "
+            f"({_some([repr(name) for name in lacking])}).{suggestion(lacking[0], vectors)} Add them or remove "
+            f"these cells."
+        )
+
+
+def _vectors(key: str, table: Any) -> dict[str, np.ndarray]:
+    if hasattr(table, "columns"):
+        table = dict(zip(map(str, table.index), table.to_numpy(), strict=True))
+    if not isinstance(table, Mapping):
+        raise ValueError(
+            f"vectors: adata.uns[{key!r}] must be a DataFrame with a row a perturbation or a dict of vectors; it is "
+            f"{type(table).__name__}."
+        )
+    vectors = {}
+    for name, values in table.items():
+        try:
+            vectors[str(name)] = np.asarray(values, np.float64)
+        except (TypeError, ValueError) as err:
+            raise ValueError(f"vectors: adata.uns[{key!r}] has no numbers for {name!r}.") from err
+    widths = Counter(v.shape for v in vectors.values())
+    usual = widths.most_common(1)[0][0] if widths else ()
+    for name, vector in vectors.items():
+        if len(usual) != 1 or usual[0] == 0 or vector.shape != usual:
+            raise ValueError(
+                f"vectors: adata.uns[{key!r}] must hold vectors of one length; that of {name!r} has shape "
+                f"{vector.shape}, most have {usual}."
+            )
+        if not np.isfinite(vector).all():
+            raise ValueError(f"vectors: adata.uns[{key!r}] holds NaN or infinite values for {name!r}. Fill them.")
+    return vectors
 
 
 def _expression_problems(spec: DataSpec, adata: AnnData) -> Iterator[str]:

@@ -1,0 +1,177 @@
+"""Perturbation data ready for a model: every cell in the model's space, by population, under a split."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from scjax.check import suggestion
+from scjax.data.conditions import CONTROL, trained_names
+from scjax.data.graph import GraphRule, coexpression, neighbour_table
+from scjax.data.preprocess import Preprocess, Transform, fit
+from scjax.data.source import open_source
+from scjax.data.spec import AnnData, DataSpec, expression_matrix
+from scjax.data.splits import PerturbationSplit, PerturbationSplitRule, split_populations
+from scjax.data.vocabulary import Vocabulary
+from scjax.types import Population
+
+__all__ = ["PerturbationData", "prepare_perturbation", "unseen_axis"]
+
+_CHUNK = 4096  # cells that are read together
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PerturbationData:
+    """Populations of cells, held-out ones included.
+
+    Attributes:
+        x: float32[cells, genes], the kept genes, log-normalised (or what the data are, without normalisation); row i is
+            cell i of the AnnData.
+        populations: sorted, controls first.
+        rows: for each of `populations`, the rows of its cells, increasing.
+        split: which of `populations` training sees; all controls are among them.
+        transform: fitted on the cells of the training populations; its `feature_names` are the columns of `x`.
+        vocabulary: ids of genes and perturbations.
+        graph: int32[tokens, neighbours], which tokens a token attends to, padded with -1; of the training cells.
+        vectors: float32[perturbations, features] external vectors in the order of `vocabulary.perturbations`, where the
+            DataSpec names them; the control's is 0 unless given.
+    """
+
+    x: Float[np.ndarray, "cells genes"]
+    populations: tuple[Population, ...]
+    rows: tuple[Int[np.ndarray, " _"], ...]
+    split: PerturbationSplit
+    transform: Transform
+    vocabulary: Vocabulary
+    graph: Int[np.ndarray, "tokens neighbours"]
+    vectors: Float[np.ndarray, "perturbations features"] | None = None
+
+    @property
+    def n_genes(self) -> int:
+        return self.x.shape[1]
+
+    @property
+    def n_slots(self) -> int:
+        """The most perturbations that occur at once."""
+        return max(1, *(len(p.perturbation) for p in self.populations))
+
+    def rows_of(self, population: Population) -> Int[np.ndarray, " n"]:
+        if population not in self.populations:
+            raise ValueError(
+                f"population must be one of the data; {str(population)!r} is not."
+                f"{suggestion(population, self.populations)}"
+            )
+        return self.rows[self.populations.index(population)]
+
+    def cells(self, population: Population) -> Float[np.ndarray, "n genes"]:
+        """All cells of this population."""
+        return self.x[self.rows_of(population)]
+
+    def controls(self, context: str = "") -> Float[np.ndarray, "n genes"]:
+        """All control cells of this context."""
+        return self.cells(Population((), context))
+
+
+def prepare_perturbation(
+    adata: AnnData,
+    spec: DataSpec,
+    rule: PerturbationSplitRule,
+    preprocess: Preprocess,
+    graph: GraphRule | None = None,
+    *,
+    force_perturbed: bool = True,
+) -> PerturbationData:
+    """Check, split by `rule`, fit `preprocess` and the gene graph on the training populations, transform every cell.
+
+    Args:
+        preprocess: without scaling and PCA: the models work on expression itself.
+        graph: None takes the defaults of GraphRule.
+        force_perturbed: keep the measured perturbed genes, held-out ones too, however little they vary.
+
+    Raises:
+        ValueError: all that `spec.check`, `split_populations` and `preprocess.fit` find; a scaling or a PCA.
+    """
+    _check_steps(preprocess)
+    spec.check(adata)
+    populations, population_of = spec.read_populations(adata)
+    split = split_populations(rule, populations, spec.covariates, written=spec.read_spellings(adata))
+    rows = tuple(np.flatnonzero(population_of == i) for i in range(len(populations)))
+    train_rows = np.flatnonzero(np.isin(population_of, [populations.index(p) for p in split.train]))
+
+    source = open_source(adata, spec)
+    names = trained_names(populations)  # of all populations: a name tells nothing about its cells
+    forced = tuple(name for name in names if name in set(source.feature_names)) if force_perturbed else ()
+    transform = fit(
+        preprocess,
+        _matrix(adata, spec, train_rows),
+        source.feature_names,
+        spec.space,
+        forced=forced,
+        x_all=_matrix(adata, spec, np.arange(source.n_cells)) if preprocess.select_on == "all" else None,
+    )
+    x = np.empty((source.n_cells, transform.n_dims), np.float32)
+    for start in range(0, source.n_cells, _CHUNK):
+        chunk = np.arange(start, min(start + _CHUNK, source.n_cells))
+        x[chunk] = transform.apply(source.rows(chunk), source.feature_names)
+
+    vocabulary = Vocabulary.of(transform.feature_names, names)
+    allowed = coexpression(x[train_rows], graph or GraphRule())
+    return PerturbationData(
+        x=x,
+        populations=populations,
+        rows=rows,
+        split=split,
+        transform=transform,
+        vocabulary=vocabulary,
+        graph=neighbour_table(allowed, transform.feature_names, vocabulary),
+        vectors=_vector_table(spec, adata, vocabulary),
+    )
+
+
+def unseen_axis(population: Population, split: PerturbationSplit) -> str:
+    """What is new in a population for a model trained under `split`.
+
+    "nothing": a training population. "perturbation": a name that no training population has. "combination": all names
+    were seen, never together (or never alone). "context": a context of which training saw controls at most. Two of them
+    are joined by " and ". "pair": the condition was seen elsewhere, and other conditions were seen here.
+    """
+    if population in split.train:
+        return "nothing"
+    perturbed = [p for p in split.train if not p.is_control]
+    new = []
+    if set(population.perturbation) - set(trained_names(perturbed)):
+        new.append("perturbation")
+    elif population.perturbation not in {p.perturbation for p in perturbed}:
+        new.append("combination")
+    if population.context not in {p.context for p in perturbed}:
+        new.append("context")
+    return " and ".join(new) or "pair"
+
+
+def _check_steps(preprocess: Preprocess) -> None:
+    wrong = {"scale": (preprocess.scale, False), "n_components": (preprocess.n_components is not None, None)}
+    given = [f"{name}={getattr(preprocess, name)!r}" for name, (bad, _) in wrong.items() if bad]
+    if given:
+        mend = ", ".join(f"{name}={value}" for name, (bad, value) in wrong.items() if bad)
+        raise ValueError(
+            f"Preprocess has {', '.join(given)}, but perturbation models work on the expression of genes; set {mend}."
+        )
+
+
+def _matrix(adata: AnnData, spec: DataSpec, rows: np.ndarray) -> Any:
+    """These cells as they lie in `adata`: a sparse matrix of all genes stays sparse."""
+    from scipy import sparse
+
+    matrix = expression_matrix(adata, spec)
+    return matrix.tocsr()[rows] if sparse.issparse(matrix) else open_source(adata, spec).rows(rows)
+
+
+def _vector_table(spec: DataSpec, adata: AnnData, vocabulary: Vocabulary) -> np.ndarray | None:
+    vectors = spec.read_vectors(adata)
+    if not vectors:
+        return None
+    control = next((vectors[name] for name in spec.control_names if name in vectors), None)
+    zero = np.zeros_like(next(iter(vectors.values())))
+    table = {CONTROL: zero if control is None else control}
+    return np.stack([table[n] if n in table else vectors[n] for n in vocabulary.perturbations]).astype(np.float32)
