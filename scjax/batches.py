@@ -42,8 +42,7 @@ class PairedBatch:
     Attributes:
         source: float[populations, cells, genes], control cells of the same context, log-normalised.
         target: float[populations, cells, genes], cells of the perturbation.
-        perturbation: int[populations, slots], ids of what was done (free slots hold the control's id), or
-            float[populations, features], vectors in the place of ids.
+        perturbation: int[populations, slots], ids of what was done; free slots hold the control's.
         genes: int[genes], the token of each gene; the same for all cells, another choice at each step if asked for.
     """
 

@@ -1,0 +1,223 @@
+"""scDFM state dicts of the PyTorch reference -> parameters and config of `models.scdfm`.
+
+| state dict                                                     | parameters                                        |
+|----------------------------------------------------------------|---------------------------------------------------|
+| t_embedder.mlp.0, 2                                            | time.mlp.Dense_0, Dense_1                         |
+| value_encoder_1, value_encoder_2: linear1, linear2, norm       | value_state, value_control: mlp, LayerNorm_0      |
+| fusion_layer.0, 2, 3                                           | fusion.joined, output, norm                       |
+| encoder.embedding, enc_norm                                    | tokens.embedding, norm                            |
+| encoder.perturbation_interaction.cross_attn                    | tokens.attention.query, key, value, output        |
+| encoder.perturbation_interaction.norm1, norm2                  | tokens.norm_attention, norm_feedforward           |
+| encoder.perturbation_interaction.linear1, linear2              | tokens.hidden, output                             |
+| perturbation_embedder.embedding, enc_norm ("table" alone)      | perturbations.embedding, norm                     |
+| gene_adaLN.<l>.adaLN_modulation.1, norm                        | layer_<l>.gene_modulation, gene_norm              |
+| adapter_layer.<l>.0, 3                                         | layer_<l>.adapter, adapter_output                 |
+| blocks.<l>.diff_self_attn, diff_cross_attn (or blocks.<l>)     | layer_<l>.first, second                           |
+| .attn.q_proj_1, k_proj_1, ..., out_proj, lambda_*, subln      | .attention.query_1, ..., head_scale               |
+| .adaLN_modulation.1, mlp.fc1, mlp.fc2                          | .modulation, feedforward                          |
+| blocks.<l> of a perceiver                                      | layer_<l>.perceiver                               |
+| final_layer.fc.0, 2, 4                                         | velocity_head.joined, hidden, output              |
+| p_head.0, 1; p_mask_embed                                      | perturbation_head; mask                           |
+
+The reference always holds a perturbation table, a head and a mask embedding; those that the config has no use for are
+left out, whatever else is left over is an error.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from scjax.models.scdfm import Config
+from scjax.types import Params
+
+__all__ = ["config_from_torch", "params_from_torch"]
+
+
+def config_from_torch(state: Mapping[str, np.ndarray], **known: Any) -> Config:
+    """The config that a state dict's names and shapes tell.
+
+    Args:
+        state: arrays by their state-dict names.
+        known: what they do not tell: perturbation ("gene" unless given), n_heads (8 unless given), dropout, gamma,
+            start, ...
+
+    Raises:
+        ValueError: no scDFM state dict.
+    """
+    needed = ("encoder.embedding.weight", "blocks.0.adaLN_modulation.1.weight", "t_embedder.mlp.0.weight")
+    differential = any(name.startswith("blocks.0.diff_") for name in state)
+    if needed[0] not in state or needed[2] not in state:
+        missing = [name for name in (needed[0], needed[2]) if name not in state]
+        raise ValueError(
+            f"the state dict is not one of scDFM: it lacks {', '.join(missing)}. "
+            f"It has: {', '.join(sorted(state)[:10]) or 'nothing'}{', ...' if len(state) > 10 else ''}."
+        )
+    if differential:
+        fusion = "differential_perceiver"
+    else:
+        fusion = "perceiver" if "blocks.0.ln_z1.weight" in state else "differential_transformer"
+    layers = {int(m.group(1)) for name in state if (m := re.match(r"blocks\.(\d+)\.", name))}
+    n_tokens, d = state[needed[0]].shape
+    found: dict[str, Any] = {
+        "n_tokens": int(n_tokens),
+        "d_model": int(d),
+        "n_layers": len(layers),
+        "fusion": fusion,
+    }
+    if known.get("perturbation") == "table":
+        found["n_perturbations"] = int(state["perturbation_embedder.embedding.weight"].shape[0])
+    return Config(**(found | known))
+
+
+def params_from_torch(state: Mapping[str, np.ndarray], config: Config) -> Params:
+    """Parameters of `models.scdfm`, all or nothing; dtypes are kept.
+
+    Raises:
+        ValueError: tensors missing, left over or of another shape than the config asks for; all of them are listed.
+            perturbation="vector", which the reference does not have.
+    """
+    if config.perturbation == "vector":
+        raise ValueError("perturbation='vector' has a projection that the reference lacks; take 'gene' or 'table'.")
+    reader = _Reader(dict(state), config.d_model)
+    params = _network(reader, config)
+    unused = {"perturbations": r"perturbation_embedder\.", "perturbation_head": r"p_head\.", "mask": r"p_mask_embed"}
+    for name, pattern in unused.items():
+        if name not in params:
+            reader.left = {k: v for k, v in reader.left.items() if not re.match(pattern, k)}
+    misfits = [*reader.misfits, *(f"{k} {v.shape} has no place in this config" for k, v in reader.left.items())]
+    if misfits:
+        raise ValueError("the state dict does not fit the config:\n  " + "\n  ".join(misfits))
+    return params
+
+
+class _Reader:
+    """Takes tensors by name, and remembers what did not fit."""
+
+    def __init__(self, state: dict[str, np.ndarray], d: int):
+        self.left, self.misfits, self.d = state, [], d
+
+    def take(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        if name not in self.left:
+            self.misfits.append(f"{name} is missing; wanted the shape {shape}")
+            return np.zeros(shape, np.float32)
+        value = np.asarray(self.left.pop(name))
+        if value.shape != shape:
+            self.misfits.append(f"{name} has the shape {value.shape}; wanted {shape}")
+        return value
+
+    def linear(self, name: str, n_in: int | None = None, n_out: int | None = None, *, bias: bool = True) -> Params:
+        n_in, n_out = n_in or self.d, n_out or self.d
+        kernel = {"kernel": self.take(f"{name}.weight", (n_out, n_in)).T}
+        return kernel | ({"bias": self.take(f"{name}.bias", (n_out,))} if bias else {})
+
+    def norm(self, name: str) -> Params:
+        return {"scale": self.take(f"{name}.weight", (self.d,)), "bias": self.take(f"{name}.bias", (self.d,))}
+
+    def attention(self, name: str) -> Params:
+        weights = np.split(self.take(f"{name}.in_proj_weight", (3 * self.d, self.d)), 3)
+        biases = np.split(self.take(f"{name}.in_proj_bias", (3 * self.d,)), 3)
+        inputs = {
+            part: {"kernel": w.T, "bias": b}
+            for part, w, b in zip(("query", "key", "value"), weights, biases, strict=True)
+        }
+        return inputs | {"output": self.linear(f"{name}.out_proj")}
+
+    def feedforward(self, first: str, second: str) -> Params:
+        return {"Dense_0": self.linear(first, n_out=4 * self.d), "Dense_1": self.linear(second, n_in=4 * self.d)}
+
+    def differential(self, at: str, n_heads: int) -> Params:
+        names = {"query": "q", "key": "k"}
+        attention = {
+            f"{ours}_{i}": self.linear(f"{at}.attn.{theirs}_proj_{i}", bias=False)
+            for ours, theirs in names.items()
+            for i in (1, 2)
+        }
+        attention |= {
+            "value": self.linear(f"{at}.attn.v_proj", bias=False),
+            "output": self.linear(f"{at}.attn.out_proj", bias=False),
+            "head_scale": self.take(f"{at}.attn.subln.weight", (self.d // n_heads,)),
+        }
+        for name in ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"):
+            attention[name] = self.take(f"{at}.attn.{name}", (self.d // n_heads,))
+        return {
+            "attention": attention,
+            "modulation": self.linear(f"{at}.adaLN_modulation.1", n_out=6 * self.d),
+            "feedforward": self.feedforward(f"{at}.mlp.fc1", f"{at}.mlp.fc2"),
+        }
+
+    def perceiver(self, at: str) -> Params:
+        return {
+            "norm_cross": self.norm(f"{at}.ln_z1"),
+            "norm_self": self.norm(f"{at}.ln_z2"),
+            "norm_feedforward": self.norm(f"{at}.ln_z3"),
+            **{ours: self.linear(f"{at}.{ours[0]}") for ours in ("query", "key", "value")},
+            **{f"{ours}_self": self.linear(f"{at}.{ours[0]}2") for ours in ("query", "key", "value")},
+            "cross_attention": self.attention(f"{at}.cross"),
+            "self_attention": self.attention(f"{at}.self_attn"),
+            "modulation": self.linear(f"{at}.adaLN_modulation.1", n_out=6 * self.d),
+            "feedforward": self.feedforward(f"{at}.mlp.0", f"{at}.mlp.2"),
+        }
+
+    def value_encoder(self, at: str) -> Params:
+        mlp = {"Dense_0": self.linear(f"{at}.linear1", n_in=1), "Dense_1": self.linear(f"{at}.linear2")}
+        return {"mlp": mlp, "LayerNorm_0": self.norm(f"{at}.norm")}
+
+    def layer(self, i: int, config: Config) -> Params:
+        layer = {
+            "gene_modulation": self.linear(f"gene_adaLN.{i}.adaLN_modulation.1", n_out=3 * self.d),
+            "gene_norm": self.norm(f"gene_adaLN.{i}.norm"),
+            "adapter": self.linear(f"adapter_layer.{i}.0", n_in=2 * self.d),
+            "adapter_output": self.linear(f"adapter_layer.{i}.3"),
+        }
+        if config.fusion == "perceiver":
+            return layer | {"perceiver": self.perceiver(f"blocks.{i}")}
+        if config.fusion == "differential_transformer":
+            return layer | {"second": self.differential(f"blocks.{i}", config.n_heads)}
+        return layer | {
+            "first": self.differential(f"blocks.{i}.diff_self_attn", config.n_heads),
+            "second": self.differential(f"blocks.{i}.diff_cross_attn", config.n_heads),
+        }
+
+
+def _network(read: _Reader, config: Config) -> Params:
+    d = config.d_model
+    graph = "encoder.perturbation_interaction"
+    params: Params = {
+        "time": {
+            "mlp": {"Dense_0": read.linear("t_embedder.mlp.0", n_in=256), "Dense_1": read.linear("t_embedder.mlp.2")}
+        },
+        "tokens": {
+            "embedding": read.take("encoder.embedding.weight", (config.n_tokens or 0, d)),
+            "norm": read.norm("encoder.enc_norm"),
+            "attention": read.attention(f"{graph}.cross_attn"),
+            "norm_attention": read.norm(f"{graph}.norm1"),
+            "norm_feedforward": read.norm(f"{graph}.norm2"),
+            "hidden": read.linear(f"{graph}.linear1", n_out=4 * d),
+            "output": read.linear(f"{graph}.linear2", n_in=4 * d),
+        },
+        "value_state": read.value_encoder("value_encoder_1"),
+        "value_control": read.value_encoder("value_encoder_2"),
+        "fusion": {
+            "joined": read.linear("fusion_layer.0", n_in=2 * d),
+            "output": read.linear("fusion_layer.2"),
+            "norm": read.norm("fusion_layer.3"),
+        },
+        "velocity_head": {
+            "joined": read.linear("final_layer.fc.0", n_in=2 * d),
+            "hidden": read.linear("final_layer.fc.2"),
+            "output": read.linear("final_layer.fc.4", n_out=1),
+        },
+        **{f"layer_{i}": read.layer(i, config) for i in range(config.n_layers)},
+    }
+    if config.perturbation == "table":
+        params["perturbations"] = {
+            "embedding": read.take("perturbation_embedder.embedding.weight", (config.n_perturbations or 0, d)),
+            "norm": read.norm("perturbation_embedder.enc_norm"),
+        }
+    if config.objective == "perturbation":
+        params["perturbation_head"] = {"LayerNorm_0": read.norm("p_head.0"), "Dense_0": read.linear("p_head.1")}
+    if config.objective == "perturbation" or config.condition_dropout > 0:
+        params["mask"] = read.take("p_mask_embed", (d,))
+    return params
