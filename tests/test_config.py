@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from scjax.config import from_dict, from_json, override, to_dict, to_json
 from scjax.data.spec import DataSpec
-from scjax.experiment import Experiment
+from scjax.experiment import TimeSeriesExperiment
 from scjax.models.scimf import Config
 
-EXPERIMENT = Experiment(model=Config(n_dims=50), spec=DataSpec(space="counts", time="day"))
+EXPERIMENT = TimeSeriesExperiment(model=Config(n_dims=50), spec=DataSpec(space="counts", time="day"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,17 +92,17 @@ def holds(whole, part) -> bool:
 @settings(max_examples=40, deadline=None)
 @given(experiments())
 def test_comes_back_from_json_as_it_went(tree):
-    experiment = from_dict(Experiment, tree)
+    experiment = from_dict(TimeSeriesExperiment, tree)
     assert holds(to_dict(experiment), tree)
-    assert from_dict(Experiment, to_dict(experiment)) == experiment
-    assert from_dict(Experiment, json.loads(to_json(experiment))) == experiment
+    assert from_dict(TimeSeriesExperiment, to_dict(experiment)) == experiment
+    assert from_dict(TimeSeriesExperiment, json.loads(to_json(experiment))) == experiment
 
 
 @settings(max_examples=20, deadline=None)
 @given(experiments(), splits)
 def test_override_changes_what_it_names_and_nothing_else(tree, split):
     """Values as text, as a command line gives them; and another class in the place of the former."""
-    experiment = from_dict(Experiment, tree)
+    experiment = from_dict(TimeSeriesExperiment, tree)
     written = {f"split.{name}": json.dumps(value) for name, value in split.items()}
     changed = override(experiment, written | {"model.blur": "0.25"})
     assert holds(to_dict(changed), {"split": split, "model": {"blur": 0.25}})
@@ -235,7 +235,7 @@ def test_checks_of_the_class_hold_for_what_is_read():
     tree = to_dict(EXPERIMENT)
     tree["model"]["n_heads"] = 3
     with pytest.raises(ValueError, match="n_heads must divide n_dims; got n_heads=3, n_dims=50"):
-        from_dict(Experiment, tree)
+        from_dict(TimeSeriesExperiment, tree)
 
 
 def test_configs_stay_as_they_are():

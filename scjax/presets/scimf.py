@@ -9,7 +9,7 @@ from scjax.data.preprocess import Preprocess
 from scjax.data.sampling import TimeSeriesSampling
 from scjax.data.spec import DataSpec
 from scjax.data.splits import HoldOutTimes, ReferenceSplit
-from scjax.experiment import Experiment
+from scjax.experiment import TimeSeriesExperiment
 from scjax.models.scimf import Config
 from scjax.presets import Preset
 from scjax.train.optimizers import OptimizerConfig
@@ -27,7 +27,7 @@ _LOGGED = Preprocess(library_size=None, log1p=False, n_top_genes=2000, scale=Tru
 PRESETS = {
     "klein": Preset(
         summary="Mouse embryonic stem cells after LIF withdrawal, days 0, 2, 4, 7; ships with scjax (Klein 2015)",
-        experiment=Experiment(
+        experiment=TimeSeriesExperiment(
             model=Config(
                 n_dims=10,
                 intrinsic_widths=(64, 64),
@@ -51,7 +51,7 @@ PRESETS = {
     ),
     "zebrafish": Preset(
         summary="Zebrafish embryogenesis, 12 stages (Farrell et al., Science 2018; SCP162)",
-        experiment=Experiment(
+        experiment=TimeSeriesExperiment(
             model=Config(n_dims=50),
             spec=DataSpec(space="counts", time="stage", cell_type="celltype"),
             split=ReferenceSplit(dataset="ZB", name="three_interpolation"),
@@ -65,7 +65,7 @@ PRESETS = {
     ),
     "mef": Preset(
         summary="Fibroblasts to iPSC, whole days 0 to 18, 10 % of the cells (Schiebinger et al., Cell 2019)",
-        experiment=Experiment(
+        experiment=TimeSeriesExperiment(
             model=Config(n_dims=50),
             spec=DataSpec(space="lognormalised", time="day"),
             split=ReferenceSplit(dataset="MEF", name="three_interpolation"),
@@ -79,7 +79,7 @@ PRESETS = {
     ),
     "pancreas": Preset(
         summary="Stem cells to beta cells, 8 weeks (Veres et al., Nature 2019; GSE114412)",
-        experiment=Experiment(
+        experiment=TimeSeriesExperiment(
             model=Config(n_dims=50),
             spec=DataSpec(space="counts", time="CellWeek", cell_type="Assigned_cluster"),
             split=ReferenceSplit(dataset="Panc", name="leaveout4"),

@@ -17,7 +17,7 @@ from scjax import __version__, presets
 from scjax.cli import main
 from scjax.config import from_json, to_dict, to_json
 from scjax.data.splits import HoldOutLast
-from scjax.experiment import Experiment, read_experiment
+from scjax.experiment import TimeSeriesExperiment, read_experiment
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ def test_show(run, capsys):
         main(["show", name, "--settings"])
         Path("shown.json").write_text(capsys.readouterr().out)
         wanted = presets.preset(name).experiment if "/" in name else read_experiment(name)
-        assert from_json(Experiment, "shown.json") == wanted
+        assert from_json(TimeSeriesExperiment, "shown.json") == wanted
     main(["show", "scimf/klein"])
     assert "command: scjax " in capsys.readouterr().out
     for name in ("cells.h5ad", "cells.zarr"):
@@ -176,7 +176,7 @@ def test_help_of_nested_settings(capsys):
             ("train", "--config", "typo.json"),
             "typo.json: model.n_head is not a field of Config. Did you mean 'n_heads'?",
         ),
-        (("train", "--config", "list.json"), "list.json: Experiment must be an object of fields"),
+        (("train", "--config", "list.json"), "list.json: TimeSeriesExperiment must be an object of fields"),
         (("train", "--config", "cells.h5ad"), "cells.h5ad: 'utf-8' codec"),
         ((*TRAIN, "--out", "new", "--set", "model.n_heads"), "--set takes KEY=VALUE, such as model.n_heads=1"),
         ((*TRAIN, "--out", "new", "--set", "modl.n_heads=1"), "modl is no object with fields. Did you mean 'model'?"),

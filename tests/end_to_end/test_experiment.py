@@ -12,7 +12,7 @@ from tiny_series import EXPERIMENT, SIZES, damaged_copy, make_adata
 from scjax import checkpoint
 from scjax.data.preprocess import Preprocess
 from scjax.data.splits import HoldOutLast, HoldOutNone, load_split
-from scjax.experiment import Experiment, evaluate, read_experiment, train
+from scjax.experiment import TimeSeriesExperiment, evaluate, read_experiment, train
 from scjax.metrics.population import POPULATION_METRICS
 from scjax.predict import load
 from scjax.train.hooks import Hook
@@ -21,7 +21,7 @@ from scjax.train.optimizers import OptimizerConfig
 W1 = {"W1": POPULATION_METRICS["W1"]}
 
 
-def with_model(**fields) -> Experiment:
+def with_model(**fields) -> TimeSeriesExperiment:
     return replace(EXPERIMENT, model=replace(EXPERIMENT.model, **fields))
 
 

@@ -16,7 +16,7 @@ from scjax.data.spec import DataSpec
 from scjax.data.splits import HoldOutNone
 from scjax.experiment import train
 from scjax.models import scimf
-from scjax.predict import Trained, interaction_scores, load, predict, project, simulate_cells, velocity
+from scjax.predict import TrainedTimeSeries, interaction_scores, load, predict, project, simulate_cells, velocity
 
 TIMES = (1.0, 2.5, 6.0)  # observed, between, after the last
 
@@ -224,7 +224,7 @@ def test_interaction_scores(trained):
 
 
 @pytest.fixture(scope="module")
-def latent_trained(tmp_path_factory) -> Trained:
+def latent_trained(tmp_path_factory) -> TrainedTimeSeries:
     experiment = replace(
         EXPERIMENT,
         spec=DataSpec(expression="obsm/X_pca", space="latent", time="day"),
@@ -259,7 +259,7 @@ def test_latent_of_another_width(latent_trained, width):
 def test_checkpoints_of_something_else(tmp_path):
     with checkpoint.CheckpointWriter(tmp_path, about={"run": "mine"}) as writer:
         writer.save(1, {"state": {"w": np.ones(2)}})
-    with pytest.raises(ValueError, match="holds checkpoints of kind None, not of a scimf run"):
+    with pytest.raises(ValueError, match="holds checkpoints of kind None, not of a run of scimf"):
         load(tmp_path)
     with pytest.raises(ValueError, match="there is no folder .*nowhere"):
         load(tmp_path / "nowhere")

@@ -11,13 +11,13 @@ from scjax.data.preprocess import Preprocess
 from scjax.data.sampling import TimeSeriesSampling
 from scjax.data.spec import DataSpec
 from scjax.data.splits import HoldOutTimes
-from scjax.experiment import Experiment
+from scjax.experiment import TimeSeriesExperiment
 from scjax.models.scimf import Config
 from scjax.train.optimizers import OptimizerConfig
 
 SIZES = {0.0: 14, 1.0: 12, 2.0: 11, 4.0: 9}
 GENES = tuple(f"g{i}" for i in range(12))
-EXPERIMENT = Experiment(
+EXPERIMENT = TimeSeriesExperiment(
     model=Config(n_dims=3, n_heads=1, intrinsic_widths=(8,), dt=0.5, blur=0.5, scaling=0.5),
     spec=DataSpec(space="counts", time="day", cell_type="kind"),
     split=HoldOutTimes(times=(2.0,)),

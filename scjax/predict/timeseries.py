@@ -1,10 +1,8 @@
-"""From a checkpoint and cells to predictions as an AnnData; the truth is never needed."""
+"""A trained time series model at work: cells of the first time simulated to others, velocities, who drives whom."""
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -12,26 +10,28 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from scjax import __version__, checkpoint
 from scjax.check import at_least, increasing
+from scjax.checkpoint import Checkpoint
 from scjax.config import from_dict
 from scjax.data.preprocess import Transform
 from scjax.data.source import open_source
 from scjax.data.spec import AnnData, DataSpec
 from scjax.data.timeseries import solver_times
 from scjax.models import scimf
+from scjax.predict.record import predicting_params, record
 from scjax.types import Params
 
-__all__ = ["Trained", "interaction_scores", "load", "predict", "project", "simulate_cells", "velocity"]
+__all__ = ["TrainedTimeSeries", "interaction_scores", "predict", "project", "simulate_cells", "velocity"]
 
 _SAME = 1e-6  # relative: a column stored as float32 holds 0.1 as 0.100000001
+_SPACE = "normalised expression in X, the model's space in obsm['X_latent']"
 
 
-class Trained(NamedTuple):
-    """A checkpoint ready for use.
+class TrainedTimeSeries(NamedTuple):
+    """A checkpoint of a time series run, ready for use.
 
     Attributes:
-        params: the moving average where training kept one, else the last parameters.
+        params: those that predict: the moving average where training kept one, else the last.
         config: of the model.
         spec, transform: from an AnnData to the model's space and back.
         times: all times of the training data, held-out ones included.
@@ -47,34 +47,21 @@ class Trained(NamedTuple):
     about: dict[str, Any]
     step: int
 
-
-def load(directory: str | Path, step: int | None = None) -> Trained:
-    """The checkpoint of `step`, or the newest, of a run's folder or of its `checkpoints` folder.
-
-    Raises:
-        ValueError: no checkpoint there, or of something else; a damaged one (the newest earlier one that is whole is
-            named).
-    """
-    directory = Path(directory)
-    if (directory / "checkpoints").is_dir():
-        directory = directory / "checkpoints"
-    found = checkpoint.read(directory, step)
-    about = found.about
-    if about.get("kind") != "scimf":
-        raise ValueError(f"{directory} holds checkpoints of kind {about.get('kind')!r}, not of a scimf run.")
-    settings, state = about["experiment"], found.arrays["state"]
-    return Trained(
-        params=state.get("ema", state["params"]),
-        config=from_dict(scimf.Config, settings["model"]),
-        spec=from_dict(DataSpec, settings["spec"]),
-        transform=Transform.from_tree(found.arrays["transform"], about["transform"]),
-        times=tuple(about["times"]),
-        about=about,
-        step=found.step,
-    )
+    @classmethod
+    def from_checkpoint(cls, found: Checkpoint) -> "TrainedTimeSeries":
+        about, settings = found.about, found.about["experiment"]
+        return cls(
+            params=predicting_params(found.arrays["state"]),
+            config=from_dict(scimf.Config, settings["model"]),
+            spec=from_dict(DataSpec, settings["spec"]),
+            transform=Transform.from_tree(found.arrays["transform"], about["transform"]),
+            times=tuple(about["times"]),
+            about=about,
+            step=found.step,
+        )
 
 
-def project(trained: Trained, adata: AnnData) -> Float[np.ndarray, "cells dims"]:
+def project(trained: TrainedTimeSeries, adata: AnnData) -> Float[np.ndarray, "cells dims"]:
     """Cells in the model's space, by the transform that was fitted in training.
 
     Genes are matched by name: their order does not matter, and others are ignored. A latent space has no others: its
@@ -94,7 +81,7 @@ def project(trained: Trained, adata: AnnData) -> Float[np.ndarray, "cells dims"]
 
 
 def simulate_cells(
-    trained: Trained, x0: Float[np.ndarray, "cells dims"], times: Sequence[float], key: PRNGKeyArray
+    trained: TrainedTimeSeries, x0: Float[np.ndarray, "cells dims"], times: Sequence[float], key: PRNGKeyArray
 ) -> scimf.Trajectory:
     """Cells of the first training time, in the model's space, at each of `times` (in the unit of the data).
 
@@ -113,7 +100,7 @@ def simulate_cells(
 
 
 def predict(
-    trained: Trained,
+    trained: TrainedTimeSeries,
     adata: AnnData,
     times: Iterable[float],
     *,
@@ -173,11 +160,11 @@ def predict(
         X=trained.transform.inverse(latent), obs=obs, var=pd.DataFrame(index=list(trained.transform.feature_names))
     )
     predicted.obsm["X_latent"] = latent
-    predicted.uns["scjax"] = _record(trained, n_cells=len(x0), seed=seed)
+    predicted.uns["scjax"] = record(trained, space=_SPACE, n_cells=len(x0), seed=seed)
     return predicted
 
 
-def velocity(trained: Trained, adata: AnnData) -> AnnData:
+def velocity(trained: TrainedTimeSeries, adata: AnnData) -> AnnData:
     """The cells of `adata` with the velocity that the model gives them; each time is one population.
 
     obsm["X_latent"] and obsm["velocity_latent"] (per time unit of the solver), layers["velocity"] in gene space, over
@@ -208,12 +195,12 @@ def velocity(trained: Trained, adata: AnnData) -> AnnData:
     found.uns.update({key: value for key, value in adata.uns.items() if key != "scjax"})
     found.obsm["X_latent"], found.obsm["velocity_latent"] = latent, v
     found.layers["velocity"] = trained.transform.inverse_velocity(v)
-    found.uns["scjax"] = _record(trained)
+    found.uns["scjax"] = record(trained, space=_SPACE)
     return found
 
 
 def interaction_scores(
-    trained: Trained, adata: AnnData, time: float, *, softmax: bool = True, scale_by_value: bool = True
+    trained: TrainedTimeSeries, adata: AnnData, time: float, *, softmax: bool = True, scale_by_value: bool = True
 ) -> Float[Array, "heads cells cells"]:
     """How strongly each cell observed at `time` (row) is driven by each other (column); in the order of `adata`.
 
@@ -242,7 +229,7 @@ def _drift(params, x, *, config):
     return scimf.drift(params, x, config=config)
 
 
-def _checked_times(trained: Trained, times: Iterable[float]) -> tuple[float, ...]:
+def _checked_times(trained: TrainedTimeSeries, times: Iterable[float]) -> tuple[float, ...]:
     """Increasing, from the first training time on; one that means an observed time is exactly that one."""
     times = increasing("times", times)
     start = trained.times[0]
@@ -252,22 +239,9 @@ def _checked_times(trained: Trained, times: Iterable[float]) -> tuple[float, ...
     return times
 
 
-def _rows_at(trained: Trained, adata: AnnData, time: float) -> np.ndarray:
+def _rows_at(trained: TrainedTimeSeries, adata: AnnData, time: float) -> np.ndarray:
     return np.flatnonzero(np.isclose(trained.spec.read_times(adata), time, rtol=_SAME, atol=0.0))
 
 
-def _some_times(trained: Trained, adata: AnnData) -> str:
+def _some_times(trained: TrainedTimeSeries, adata: AnnData) -> str:
     return ", ".join(map(str, np.unique(trained.spec.read_times(adata))[:20])) or "none"
-
-
-def _record(trained: Trained, **more: Any) -> dict[str, Any]:
-    return {
-        "version": __version__,
-        "versions": json.dumps(trained.about["provenance"]["versions"]),  # of what trained it
-        "run": trained.about["run"],
-        "step": trained.step,
-        "experiment": json.dumps(trained.about["experiment"]),
-        "split": json.dumps(trained.about["split"]),
-        "space": "normalised expression in X, the model's space in obsm['X_latent']",
-        **more,
-    }

@@ -1,0 +1,150 @@
+"""One experiment from data to checkpoint to table: the settings as a value, and what is done with them.
+
+run = train(experiment, adata, "runs/first")          the folder holds settings, split, log, checkpoints
+table = evaluate(["runs/first"], adata)[0]            what training never saw, against baselines and real cells
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeAlias
+
+from scjax.config import from_dict, from_json
+from scjax.data.spec import AnnData
+from scjax.experiment import timeseries
+from scjax.experiment.run import (
+    Run,
+    admit,
+    check_comparable,
+    check_same_data,
+    check_same_settings,
+    check_seeds,
+    train_task,
+)
+from scjax.experiment.timeseries import TimeSeriesExperiment
+from scjax.predict import load, model_title
+from scjax.train.hooks import Hook
+
+__all__ = ["Experiment", "Run", "TimeSeriesExperiment", "evaluate", "read_experiment", "train"]
+
+Experiment: TypeAlias = TimeSeriesExperiment
+
+# Each kind of experiment, and the module with its `digest`, `prepare` and `tables`.
+_KINDS: dict[str, tuple[type, ModuleType]] = {
+    "TimeSeriesExperiment": (TimeSeriesExperiment, timeseries),
+}
+
+
+def read_experiment(path: str | Path) -> Experiment:
+    """An experiment from a JSON file, or from the folder of a run. Without a "kind" it is one on a time series.
+
+    Raises:
+        ValueError: a folder without a run, or what `config.from_json` finds.
+        FileNotFoundError: nothing there.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no run and no settings file {path}.")
+    if path.is_dir():
+        if not (path / "experiment.json").exists():
+            raise ValueError(f"{path} is not the folder of a run: it holds no experiment.json.")
+        path = path / "experiment.json"
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        tree = None  # from_json says what is wrong
+    return from_json(_class_of(tree), path)
+
+
+def train(
+    experiment: Experiment,
+    adata: AnnData,
+    workdir: str | Path,
+    *,
+    resume: bool = False,
+    step: int | None = None,
+    hooks: Sequence[Hook] = (),
+) -> Run:
+    """Prepares the data, trains, and writes `workdir`:
+
+        experiment.json   the settings                     metrics.jsonl   loss and terms, one line a logged step
+        split.json        the rule and what it came to     checkpoints/    one folder a saved step
+
+    Args:
+        resume: continue the run in `workdir`; settings and data must be the same. Step n uses the same cells and noise
+            as in an uninterrupted run, so the result is the same, bit for bit.
+        step: of the checkpoint to resume from, the newest unless given. Later ones are set aside, not deleted.
+        hooks: besides the log and the checkpoints, `train.hooks.Progress()` for instance.
+
+    Raises:
+        ValueError: data that do not fit the spec, a folder that holds something else (nothing is ever overwritten),
+            a resumed run with other settings or other data, a damaged checkpoint.
+        train.loop.NonFiniteError, train.loop.Interrupted: see there.
+    """
+    workdir = Path(workdir)
+    admit(workdir, resume, step)
+    if resume:
+        check_same_settings(read_experiment(workdir), experiment, workdir)
+    module = _KINDS[experiment.kind][1]
+    experiment.spec.check(adata)
+    digest = module.digest(adata, experiment.spec)
+    return train_task(experiment, adata, workdir, digest, module.prepare, resume=resume, step=step, hooks=hooks)
+
+
+def evaluate(
+    workdirs: Sequence[str | Path] | Mapping[str, Sequence[str | Path]],
+    adata: AnnData,
+    *,
+    step: int | None = None,
+    **options: Any,
+) -> list[Any]:
+    """Tables of what the runs never saw: the trained models, training-free baselines and real against real.
+
+    Args:
+        workdirs: runs that differ in their seed and in nothing else, one row of the table; or, by the names of the
+            rows, the runs of several models. All of them must be of one kind and one split of these data.
+        step: of the checkpoints; the newest of each run unless given.
+        options: of `timeseries.tables`, which gives one table a held-out time: metrics, n_cells, n_draws, seed.
+
+    Raises:
+        ValueError: nothing held out, runs of different kinds, splits or spaces, a row of different models, data that
+            are not those of the runs, a damaged checkpoint.
+    """
+    named = workdirs if isinstance(workdirs, Mapping) else {None: workdirs}
+    for name, folders in named.items():
+        if isinstance(folders, str | Path) or not folders:
+            raise ValueError(f"workdirs must be a list of run folders, or lists by name; got {folders!r} for {name!r}.")
+    trained = {name: [load(folder, step) for folder in folders] for name, folders in named.items()}
+    trained = {model_title(runs[0].config) if name is None else name: runs for name, runs in trained.items()}
+    runs = [one for of_row in trained.values() for one in of_row]
+    module = _module_of(runs[0].about)
+    for one in runs:
+        if _module_of(one.about) is not module:
+            raise ValueError(
+                f"runs {one.about['run']} and {runs[0].about['run']} are of kinds {one.about['kind']!r} and "
+                f"{runs[0].about['kind']!r}; they cannot share a table. Evaluate them one by one."
+            )
+    check_same_data(runs[0].about, module.digest(adata, runs[0].spec), "evaluate")
+    for name, of_row in trained.items():
+        settings = (one.about["experiment"] for one in of_row)
+        check_seeds(name, [from_dict(_class_of(tree), tree) for tree in settings])
+    for one in runs:
+        check_comparable(one.about, runs[0].about, ("data",))
+    provenance = {
+        "runs": {name: [one.about["run"] for one in of_row] for name, of_row in trained.items()},
+        "steps": {name: [one.step for one in of_row] for name, of_row in trained.items()},
+        "data": runs[0].about["data"],
+        "split": runs[0].about["split"],
+    }
+    return module.tables(trained, adata, provenance=provenance, **options)
+
+
+def _class_of(tree: Any) -> type:
+    """Of the experiment that these settings are of; for an unknown kind, the one whose reader says so."""
+    kind = tree.get("kind") if isinstance(tree, dict) else None
+    return _KINDS.get(kind, _KINDS["TimeSeriesExperiment"])[0]
+
+
+def _module_of(about: Mapping[str, Any]) -> ModuleType:
+    return _KINDS[about["experiment"]["kind"]][1]

@@ -1,0 +1,236 @@
+"""What every kind of experiment does alike: who may write into a folder, the digest of the data, the run itself."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from scjax import checkpoint
+from scjax.check import at_least, probability
+from scjax.config import to_dict, to_json
+from scjax.data.device import prefetch
+from scjax.data.source import open_source
+from scjax.data.spec import AnnData, DataSpec
+from scjax.train.hooks import Hook, JsonlLogger, SaveCheckpoints
+from scjax.train.loop import Validate, fit
+from scjax.train.optimizers import make_optimizer
+from scjax.train.state import TrainState, init_state
+from scjax.types import Batch, Model
+
+__all__ = [
+    "Run",
+    "Task",
+    "admit",
+    "check_comparable",
+    "check_loop",
+    "check_same_data",
+    "check_same_settings",
+    "check_seeds",
+    "data_digest",
+    "train_task",
+]
+
+_CHUNK = 4096  # cells that are read together
+
+
+class Task(NamedTuple):
+    """An experiment of any kind with its data: what the loop and the checkpoints need to know.
+
+    Attributes:
+        model: bound to sizes and constants, those that the data decide included.
+        data: as the model sees them, for the caller of `train`.
+        split: a dataclass, written as split.json.
+        batches: batch n of the run.
+        arrays: fitted ones, kept in every checkpoint beside the state.
+        about: what else a checkpoint tells: kind, transform, split, ...
+        validate: scores on data kept for that; None where nothing is.
+    """
+
+    model: Model
+    data: Any
+    split: Any
+    batches: Callable[[int], Batch]
+    arrays: Mapping[str, Any]
+    about: Mapping[str, Any]
+    validate: Validate | None = None
+
+
+class Run(NamedTuple):
+    """What `train` leaves: the final state, the data as the model saw them, and the folder."""
+
+    state: TrainState
+    data: Any
+    workdir: Path
+
+
+def check_loop(experiment: Any) -> None:
+    """The settings of the loop, which every kind of experiment has under the same names."""
+    for name in ("n_steps", "scan_steps", "log_every", "checkpoint_every"):
+        at_least(name, getattr(experiment, name), 1)
+    at_least("seed", experiment.seed, 0)
+    if experiment.ema_decay is not None:
+        probability("ema_decay", experiment.ema_decay)
+    if experiment.checkpoint_every % experiment.scan_steps:
+        raise ValueError(
+            "checkpoint_every must be a multiple of scan_steps; "
+            f"got {experiment.checkpoint_every} and {experiment.scan_steps}."
+        )
+    make_optimizer(experiment.optimizer, experiment.n_steps)  # the door for what needs both
+
+
+def admit(workdir: Path, resume: bool, step: int | None) -> None:
+    """Refuses a folder that holds something else, and one that holds nothing to resume."""
+    if workdir.exists() and not workdir.is_dir():
+        raise ValueError(f"workdir must be a folder; {workdir} is a file.")
+    settings, steps = workdir / "experiment.json", checkpoint.list_steps(workdir / "checkpoints")
+    if not resume:
+        if step is not None:
+            raise ValueError(f"step={step} says where to resume from; it needs resume=True.")
+        if workdir.is_dir() and any(workdir.iterdir()):
+            what = "another run" if settings.exists() else "other files"
+            mend = ", or continue the run in it (resume=True)" if settings.exists() and steps else ""
+            raise ValueError(f"workdir {workdir} holds {what}; nothing is overwritten. Choose a new folder{mend}.")
+        return
+    if not settings.exists() or not steps:
+        what = "a run that ended before its first checkpoint" if settings.exists() else "no run"
+        raise ValueError(f"resume=True, but {workdir} holds {what}. Start it in a new folder, with resume=False.")
+
+
+def check_same_settings(before: Any, experiment: Any, workdir: Path) -> None:
+    if type(before) is not type(experiment):
+        raise ValueError(f"{workdir} holds a run of kind {before.kind!r}, not {experiment.kind!r}. Use a new folder.")
+    if before != experiment:
+        differ = "; ".join(
+            f"{place}: {old!r} there, {new!r} here" for place, old, new in _differences(before, experiment)
+        )
+        raise ValueError(f"{workdir} holds a run of other settings ({differ}). Use them, or a new folder.")
+
+
+def train_task(
+    experiment: Any,
+    adata: AnnData,
+    workdir: Path,
+    digest: str,
+    prepare: Callable[[Any, AnnData], Task],
+    *,
+    resume: bool,
+    step: int | None,
+    hooks: Sequence[Hook],
+) -> Run:
+    """Trains what `prepare` makes of the data; `admit` has let it in. See `scjax.experiment.train`."""
+    folder = workdir / "checkpoints"
+    if resume:
+        check_same_data(checkpoint.read_about(folder, step), digest, workdir)
+    task = prepare(experiment, adata)
+    tx = make_optimizer(experiment.optimizer, experiment.n_steps)
+    key_init, key_train = jax.random.split(jax.random.key(experiment.seed))
+    params, state = jax.jit(task.model.init)(key_init), None
+    if resume:
+        ema, best = experiment.ema_decay is not None, task.validate is not None
+        template = jax.eval_shape(lambda p, k: init_state(p, tx, k, ema=ema, best=best), params, key_train)
+        saved = checkpoint.read(folder, step, like={"state": template})
+        step, state = saved.step, saved.arrays["state"]
+
+    about = {
+        **task.about,
+        "experiment": to_dict(experiment),
+        "split": to_dict(task.split),
+        "data": {"digest": digest, "n_cells": int(adata.n_obs)},
+    }
+    about["run"] = hashlib.blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=8).hexdigest()
+    about["provenance"] = checkpoint.provenance()
+    if not resume:
+        workdir.mkdir(parents=True, exist_ok=True)
+        for name, settings in (("experiment.json", experiment), ("split.json", task.split)):
+            with open(workdir / name, "x", encoding="utf-8") as file:
+                file.write(to_json(settings))
+
+    validation = {}
+    if task.validate is not None:
+        validation = {
+            "validate": task.validate,
+            "validate_every": experiment.validate_every,
+            "patience": experiment.patience,
+        }
+    with checkpoint.CheckpointWriter(folder, about=about, resume_from=step) as writer:
+        state = fit(
+            task.model.loss,
+            params,
+            tx,
+            task.batches,
+            key=key_train,
+            n_steps=experiment.n_steps,
+            scan_steps=experiment.scan_steps,
+            ema_decay=experiment.ema_decay,
+            state=state,
+            stream=prefetch,
+            hooks=(SaveCheckpoints(writer, task.arrays), JsonlLogger(workdir / "metrics.jsonl"), *hooks),
+            log_every=experiment.log_every,
+            checkpoint_every=experiment.checkpoint_every,
+            **validation,
+        )
+    return Run(state, task.data, workdir)
+
+
+def data_digest(adata: AnnData, spec: DataSpec, labels: Iterable[bytes]) -> str:
+    """Of expression, of what the cells are labelled with, and of feature names; the same for dense and sparse."""
+    source = open_source(adata, spec)
+    h = hashlib.blake2b(digest_size=16)
+    for start in range(0, source.n_cells, _CHUNK):
+        h.update(source.rows(np.arange(start, min(start + _CHUNK, source.n_cells))).tobytes())
+    for label in labels:
+        h.update(label)
+    h.update("\0".join(source.feature_names).encode())
+    return h.hexdigest()
+
+
+def check_same_data(about: Mapping[str, Any], digest: str, doing: str | Path) -> None:
+    if about["data"]["digest"] != digest:
+        raise ValueError(
+            f"{doing}: these are other data than those of run {about['run']}, which was trained on "
+            f"{about['data']['n_cells']} cells of digest {about['data']['digest']}; the digest here is {digest}. "
+            "Expression, gene names and the obs columns of the spec must be the same, in the same order."
+        )
+
+
+def check_seeds(name: str, experiments: Sequence[Any]) -> None:
+    """The runs of one row are trainings of one experiment with different seeds."""
+    first, *others = experiments
+    for other in others:
+        differ = [place for place, *_ in _differences(first, other) if place != "seed"]
+        if differ:
+            raise ValueError(
+                f"the runs of one row may differ in their seed only; those of {name!r} differ in {', '.join(differ)}. "
+                "Give each model a name of its own."
+            )
+    seeds = [e.seed for e in experiments]
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"the runs of {name!r} have the seeds {seeds}; the same training counts once.")
+
+
+def check_comparable(about: Mapping[str, Any], first: Mapping[str, Any], parts: Iterable[str]) -> None:
+    """Runs of one table agree in these parts of what their checkpoints tell."""
+    for part in parts:
+        if about[part] != first[part]:
+            raise ValueError(
+                f"runs {about['run']} and {first['run']} differ in their {part} ({about[part]!r:.200}, "
+                f"{first[part]!r:.200}); they cannot share a table. Evaluate them one by one."
+            )
+
+
+def _differences(one: Any, other: Any) -> Iterator[tuple[str, Any, Any]]:
+    def flat(tree: dict[str, Any], at: str = "") -> Iterator[tuple[str, Any]]:
+        for name, value in tree.items():
+            if isinstance(value, dict):
+                yield from flat(value, f"{at}{name}.")
+            else:
+                yield f"{at}{name}", value
+
+    before, after = dict(flat(to_dict(one))), dict(flat(to_dict(other)))
+    for place in before | after:
+        if before.get(place) != after.get(place):
+            yield place, before.get(place), after.get(place)

@@ -1,0 +1,148 @@
+"""Experiments on time series: a population seen at some times, some of which training never sees."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import jax
+import numpy as np
+
+from scjax.check import one_of
+from scjax.data.collate import make_batches
+from scjax.data.preprocess import Preprocess
+from scjax.data.sampling import TimeSeriesSampling
+from scjax.data.spec import AnnData, DataSpec
+from scjax.data.splits import HoldOutInterior, TimeSplitRule
+from scjax.data.timeseries import TimeScale, TimeSeriesData, prepare_time_series
+from scjax.experiment.run import Task, check_comparable, check_loop, data_digest
+from scjax.metrics.baselines import training_free
+from scjax.metrics.population import POPULATION_METRICS, Metric
+from scjax.metrics.report import ResultTable, result_table
+from scjax.models import scimf
+from scjax.predict import TrainedTimeSeries, project, simulate_cells
+from scjax.train.optimizers import OptimizerConfig
+
+__all__ = ["TimeSeriesExperiment", "digest", "prepare", "tables"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeSeriesExperiment:
+    """Everything that decides a run on a time series but the data themselves.
+
+    Attributes:
+        kind: tells in a settings file which experiment it is.
+        model: sizes, physics and loss; `n_dims` must be what `preprocess` (or the latent itself) gives.
+        spec: what the parts of the AnnData mean.
+        split: the times that training never sees.
+        preprocess: fitted on the cells of the training times.
+        time_scale: "real", the times of the data; "index", their position, as in the scIMF code.
+        sampling: how many cells a step sees.
+        optimizer: Adam and its schedule.
+        n_steps: of training.
+        scan_steps: steps in one compiled call.
+        ema_decay: of the moving average of the parameters, which then is what predicts; None keeps none.
+        log_every: steps between two lines of the log.
+        checkpoint_every: steps between two checkpoints, a multiple of scan_steps; the last step always has one.
+        seed: of parameters, cells, noise. The same seed gives the same run.
+    """
+
+    kind: Literal["TimeSeriesExperiment"] = "TimeSeriesExperiment"
+    model: scimf.Config
+    spec: DataSpec
+    split: TimeSplitRule = HoldOutInterior()
+    preprocess: Preprocess = Preprocess()
+    time_scale: TimeScale = "real"
+    sampling: TimeSeriesSampling = TimeSeriesSampling()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    n_steps: int = 3000
+    scan_steps: int = 10
+    ema_decay: float | None = None
+    log_every: int = 10
+    checkpoint_every: int = 500
+    seed: int = 0
+
+    def __post_init__(self):
+        check_loop(self)
+        one_of("time_scale", self.time_scale, get_args(TimeScale))
+        n_dims = self.preprocess.n_components or self.preprocess.n_top_genes
+        if n_dims is not None and n_dims != self.model.n_dims:
+            raise _width_error(self, n_dims)
+
+
+def digest(adata: AnnData, spec: DataSpec) -> str:
+    return data_digest(adata, spec, [spec.read_times(adata).tobytes()])
+
+
+def prepare(experiment: TimeSeriesExperiment, adata: AnnData) -> Task:
+    data = prepare_time_series(
+        adata, experiment.spec, experiment.split, experiment.preprocess, time_scale=experiment.time_scale
+    )
+    if data.n_dims != experiment.model.n_dims:
+        raise _width_error(experiment, data.n_dims)
+    arrays, transform = data.transform.to_tree()
+    return Task(
+        model=scimf.build(experiment.model),
+        data=data,
+        split=data.split,
+        batches=_batches(experiment, data),
+        arrays={"transform": arrays},
+        about={"kind": "scimf", "transform": transform, "times": list(data.times)},
+    )
+
+
+def tables(
+    trained: Mapping[str, Sequence[TrainedTimeSeries]],
+    adata: AnnData,
+    *,
+    metrics: Mapping[str, Metric] = POPULATION_METRICS,
+    n_cells: int | None = None,
+    n_draws: int = 5,
+    seed: int = 0,
+    provenance: Mapping[str, Any],
+) -> list[ResultTable]:
+    """One a held-out time. See `scjax.experiment.evaluate`."""
+    runs = [run for of_row in trained.values() for run in of_row]
+    for run in runs:
+        check_comparable(run.about, runs[0].about, ("split", "times", "transform"))
+    split = runs[0].about["split"]
+    if not split["held_out"]:
+        raise ValueError("the runs held out no time, so there is nothing to evaluate; train with a split that does.")
+
+    latent, time = project(runs[0], adata), runs[0].spec.read_times(adata)
+    population = {t: latent[time == t] for t in runs[0].times}
+    simulated = {
+        name: [simulate_cells(run, population[run.times[0]], split["held_out"], jax.random.key(seed)).x for run in rows]
+        for name, rows in trained.items()
+    }
+    return [
+        result_table(
+            f"held-out time {t:g}, trained on times {', '.join(f'{u:g}' for u in split['train'])}",
+            {name: [x[i] for x in paths] for name, paths in simulated.items()},
+            training_free({u: population[u] for u in split["train"]}, t, seed=seed),
+            population[t],
+            metrics,
+            n_cells=n_cells,
+            n_draws=n_draws,
+            seed=seed,
+            provenance=provenance,
+        )
+        for i, t in enumerate(split["held_out"])
+    ]
+
+
+def _batches(experiment: TimeSeriesExperiment, data: TimeSeriesData) -> Callable[[int], Any]:
+    """Batch n of the run; what data populations cost among themselves is computed once, where they are always whole."""
+    plain = make_batches(data, experiment.sampling, experiment.seed)
+    if experiment.sampling.n_targets is not None or experiment.model.sinkhorn != "annealed":
+        return plain
+    own = jax.jit(lambda batch: scimf.target_self_transport(batch, config=experiment.model))(plain(0))
+    return make_batches(data, experiment.sampling, experiment.seed, np.asarray(own))
+
+
+def _width_error(experiment: TimeSeriesExperiment, n_dims: int) -> ValueError:
+    steps = experiment.preprocess
+    return ValueError(
+        f"model.n_dims={experiment.model.n_dims}, but the cells have {n_dims} dimensions after preprocessing "
+        f"(expression={experiment.spec.expression!r}, n_top_genes={steps.n_top_genes}, "
+        f"n_components={steps.n_components}). Set model.n_dims={n_dims}, or another number of components."
+    )

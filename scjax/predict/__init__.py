@@ -1,0 +1,77 @@
+"""From a checkpoint and cells to predictions as an AnnData; the truth is never needed.
+
+trained = load("runs/first")                    what it is of decides what it can predict:
+predict(trained, adata, [2.0, 4.5])             a time series: the population at these times
+"""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple, TypeAlias
+
+from scjax import checkpoint
+from scjax.data.spec import AnnData
+from scjax.models import scimf
+from scjax.predict import timeseries
+from scjax.predict.timeseries import TrainedTimeSeries, interaction_scores, project, simulate_cells, velocity
+
+__all__ = [
+    "MODELS",
+    "Trained",
+    "TrainedTimeSeries",
+    "interaction_scores",
+    "load",
+    "model_title",
+    "predict",
+    "project",
+    "simulate_cells",
+    "velocity",
+]
+
+Trained: TypeAlias = TrainedTimeSeries
+
+
+class ModelKind(NamedTuple):
+    """What the rest of the library must know to tell one model from another.
+
+    Attributes:
+        title: its name in tables.
+        module: of `scjax.models`.
+        restore: a checkpoint to the Trained of its kind.
+    """
+
+    title: str
+    module: ModuleType
+    restore: Callable[[checkpoint.Checkpoint], Trained]
+
+
+MODELS: dict[str, ModelKind] = {  # by the `kind` that a checkpoint is stored under
+    "scimf": ModelKind("scIMF", scimf, TrainedTimeSeries.from_checkpoint),
+}
+
+
+def model_title(config: Any) -> str:
+    """What tables call the model that this configuration is of."""
+    return next(model.title for model in MODELS.values() if isinstance(config, model.module.Config))
+
+
+def load(directory: str | Path, step: int | None = None) -> Trained:
+    """The checkpoint of `step`, or the newest, of a run's folder or of its `checkpoints` folder.
+
+    Raises:
+        ValueError: no checkpoint there, or of something else; a damaged one (the newest earlier one that is whole is
+            named).
+    """
+    directory = Path(directory)
+    if (directory / "checkpoints").is_dir():
+        directory = directory / "checkpoints"
+    found = checkpoint.read(directory, step)
+    kind = found.about.get("kind")
+    if kind not in MODELS:
+        raise ValueError(f"{directory} holds checkpoints of kind {kind!r}, not of a run of {', '.join(MODELS)}.")
+    return MODELS[kind].restore(found)
+
+
+def predict(trained: Trained, adata: AnnData, wanted: Iterable[Any], **options: Any) -> AnnData:
+    """What `wanted` names: times of a time series; `options` are those of `timeseries.predict`."""
+    return timeseries.predict(trained, adata, wanted, **options)
