@@ -1,18 +1,32 @@
-"""Populations whose answers are known: interacting particles, an Ornstein-Uhlenbeck process, a shifted Gaussian.
+"""Populations whose answers are known.
 
-Everything here is NumPy in float64; `to_anndata` turns snapshots into what the rest of `data` reads.
+In time: interacting particles, an Ornstein-Uhlenbeck process, a shifted Gaussian. Perturbed: Gaussians shifted by each
+condition, and single effects that add up in doubles, or do not.
+
+Everything here is NumPy in float64; `to_anndata` and `PerturbedCells.to_anndata` make what the rest of `data` reads.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
 
-from scjax.check import at_least, increasing, non_negative, positive
+from scjax.check import at_least, increasing, non_negative, one_of, positive, suggestion
 from scjax.data.spec import AnnData
 
-__all__ = ["GaussianShift", "InteractingParticles", "OrnsteinUhlenbeck", "Snapshots", "to_anndata"]
+__all__ = [
+    "AdditiveEpistasis",
+    "GaussianShift",
+    "GaussianShifts",
+    "InteractingParticles",
+    "OrnsteinUhlenbeck",
+    "PerturbedCells",
+    "Snapshots",
+    "to_anndata",
+]
 
 _N_NAMED = 4  # coordinates with a meaning, before the idle ones
 _U1, _U2, _SIGNAL, _RESPONSE = range(_N_NAMED)
@@ -241,3 +255,214 @@ def to_anndata(snapshots: Snapshots) -> AnnData:
         index=[f"cell-{i}" for i in range(len(snapshots.time))],
     )
     return anndata.AnnData(obs=obs, obsm={"latent": snapshots.x.astype(np.float32)})
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PerturbedCells:
+    """Cells of several conditions, controls among them.
+
+    Attributes:
+        x: float64[cells, genes], in the place of log-normalised expression.
+        condition: of each cell, "control", "A" or "A+B".
+        genes: their names; the perturbed ones are the first of them.
+    """
+
+    x: Float[np.ndarray, "cells genes"]
+    condition: np.ndarray
+    genes: tuple[str, ...]
+
+    def of(self, condition: str) -> Float[np.ndarray, "n genes"]:
+        return self.x[self.condition == condition]
+
+    def to_anndata(self) -> AnnData:
+        """X (float32) and obs["perturbation"]. Read it with
+        `DataSpec(space="lognormalised", perturbation="perturbation")`.
+        """
+        import anndata
+        import pandas as pd
+
+        obs = pd.DataFrame(
+            {"perturbation": pd.Categorical(self.condition)}, index=[f"cell-{i}" for i in range(len(self.x))]
+        )
+        return anndata.AnnData(self.x.astype(np.float32), obs=obs, var=pd.DataFrame(index=list(self.genes)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GaussianShifts:
+    """Each condition moves one and the same Gaussian by a vector of its own: N(level + shift, covariance).
+
+    Covariance is std^2 correlation^|i - j|. Shifts have random directions and one length; condition i is called after
+    gene i. Values lie at least six standard deviations above zero, so that a clip at zero changes nothing.
+    """
+
+    n_genes: int = 6
+    n_perturbed: int = 4
+    level: float = 5.0  # of every gene in controls, expression units
+    length: float = 1.5  # of a shift, expression units
+    std: float = 0.5
+    correlation: float = 0.6  # of neighbouring genes
+    seed: int = 0  # of the directions
+
+    def __post_init__(self):
+        _check_genes(self.n_genes, self.n_perturbed)
+        for name in ("length", "std"):
+            positive(name, getattr(self, name))
+        if not -1 < self.correlation < 1:
+            raise ValueError(f"correlation must lie in (-1, 1); got {self.correlation!r}.")
+        _check_level(self.level, self.length, self.std)
+
+    @property
+    def genes(self) -> tuple[str, ...]:
+        return _gene_names(self.n_genes)
+
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """Control first."""
+        return ("control", *self.genes[: self.n_perturbed])
+
+    def shift(self, condition: str) -> Float[np.ndarray, " genes"]:
+        """What the condition adds to the mean; zero for the control."""
+        _check_condition(condition, self.conditions)
+        return _sum_of(condition, self.genes, _directions(self.seed, 0, self.n_perturbed, self.n_genes, self.length))
+
+    def mean(self, condition: str) -> Float[np.ndarray, " genes"]:
+        return self.level + self.shift(condition)
+
+    def covariance(self, condition: str = "control") -> Float[np.ndarray, "genes genes"]:
+        """The same for every condition."""
+        _check_condition(condition, self.conditions)
+        i = np.arange(self.n_genes)
+        return self.std**2 * self.correlation ** np.abs(i[:, None] - i)
+
+    def simulate(self, *, seed: int, n_cells: int, conditions: Sequence[str] | None = None) -> PerturbedCells:
+        """`n_cells` of each of `conditions` (None: all); its cells are the same whatever else is drawn."""
+        return _simulate(self, seed, n_cells, conditions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdditiveEpistasis:
+    """Singles have effects, and a double has their sum and what the two do together.
+
+        mean(A+B) = level + effect(A) + effect(B) + interaction(A, B),    covariance = std^2 I
+
+    Attributes:
+        epistasis: what an interaction is, all of one length. "none": zero, so that adding up is right. "learnable":
+            perturbed genes belong to hidden classes and the interaction is that of the two classes, so that training
+            doubles of the same classes tell it. "random": a draw for each pair, which nothing else tells: no method can
+            do better than adding up, on average.
+        n_classes: gene i is of class i modulo `n_classes`.
+    """
+
+    epistasis: Literal["none", "learnable", "random"]
+    n_genes: int = 20
+    n_perturbed: int = 10  # all their doubles are conditions
+    n_classes: int = 2
+    level: float = 5.0  # of every gene in controls, expression units
+    effect_length: float = 1.0  # expression units
+    interaction_length: float = 1.0
+    std: float = 0.3
+    seed: int = 0  # of effects and interactions; effects are the same for every kind of epistasis
+
+    def __post_init__(self):
+        one_of("epistasis", self.epistasis, ("none", "learnable", "random"))
+        _check_genes(self.n_genes, self.n_perturbed)
+        at_least("n_perturbed", self.n_perturbed, 2)
+        at_least("n_classes", self.n_classes, 1)
+        for name in ("effect_length", "interaction_length", "std"):
+            positive(name, getattr(self, name))
+        _check_level(self.level, 2 * self.effect_length + self.interaction_length, self.std)
+
+    @property
+    def genes(self) -> tuple[str, ...]:
+        return _gene_names(self.n_genes)
+
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """Control, singles, doubles."""
+        perturbed = self.genes[: self.n_perturbed]
+        return ("control", *perturbed, *map("+".join, combinations(perturbed, 2)))
+
+    def classes(self) -> tuple[int, ...]:
+        """Of each perturbed gene; hidden from a model."""
+        return tuple(i % self.n_classes for i in range(self.n_perturbed))
+
+    def additive(self, condition: str) -> Float[np.ndarray, " genes"]:
+        """The mean without interaction: what adding up the singles predicts."""
+        _check_condition(condition, self.conditions)
+        effects = _directions(self.seed, 0, self.n_perturbed, self.n_genes, self.effect_length)
+        return self.level + _sum_of(condition, self.genes, effects)
+
+    def interaction(self, condition: str) -> Float[np.ndarray, " genes"]:
+        """Zero for the control and for singles."""
+        _check_condition(condition, self.conditions)
+        names = condition.split("+")
+        if self.epistasis == "none" or len(names) < 2:
+            return np.zeros(self.n_genes)
+        first, second = map(self.genes.index, names)
+        if self.epistasis == "learnable":
+            n = self.n_classes
+            first, second = sorted((first % n, second % n))
+        else:
+            n = self.n_perturbed
+        return _directions(self.seed, 1, n * n, self.n_genes, self.interaction_length)[first * n + second]
+
+    def mean(self, condition: str) -> Float[np.ndarray, " genes"]:
+        return self.additive(condition) + self.interaction(condition)
+
+    def covariance(self, condition: str = "control") -> Float[np.ndarray, "genes genes"]:
+        """The same for every condition."""
+        _check_condition(condition, self.conditions)
+        return self.std**2 * np.eye(self.n_genes)
+
+    def simulate(self, *, seed: int, n_cells: int, conditions: Sequence[str] | None = None) -> PerturbedCells:
+        """`n_cells` of each of `conditions` (None: all); its cells are the same whatever else is drawn."""
+        return _simulate(self, seed, n_cells, conditions)
+
+
+def _simulate(
+    world: GaussianShifts | AdditiveEpistasis, seed: int, n_cells: int, conditions: Sequence[str] | None
+) -> PerturbedCells:
+    at_least("n_cells", n_cells, 1)
+    conditions = world.conditions if conditions is None else tuple(conditions)
+    x = []
+    for condition in conditions:
+        mean, root = world.mean(condition), np.linalg.cholesky(world.covariance(condition))
+        rng = np.random.default_rng([seed, world.conditions.index(condition)])
+        x.append(mean + rng.standard_normal((n_cells, world.n_genes)) @ root.T)
+    return PerturbedCells(x=np.concatenate(x), condition=np.repeat(conditions, n_cells), genes=world.genes)
+
+
+def _directions(seed: int, stream: int, n: int, n_genes: int, length: float) -> np.ndarray:
+    x = np.random.default_rng([seed, stream]).standard_normal((n, n_genes))
+    return length * x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def _sum_of(condition: str, genes: tuple[str, ...], effects: np.ndarray) -> np.ndarray:
+    names = () if condition == "control" else condition.split("+")
+    return sum((effects[genes.index(name)] for name in names), np.zeros(len(genes)))
+
+
+def _gene_names(n_genes: int) -> tuple[str, ...]:
+    width = len(str(n_genes - 1))
+    return tuple(f"g{i:0{width}d}" for i in range(n_genes))
+
+
+def _check_genes(n_genes: int, n_perturbed: int) -> None:
+    at_least("n_perturbed", n_perturbed, 1)
+    at_least("n_genes", n_genes, n_perturbed)
+
+
+def _check_level(level: float, lowest: float, std: float) -> None:
+    if not level - lowest >= 6 * std:
+        raise ValueError(
+            f"level must be at least {lowest + 6 * std:g}, so that no cell comes near zero: the largest shift plus six "
+            f"standard deviations; got {level!r}."
+        )
+
+
+def _check_condition(condition: str, conditions: tuple[str, ...]) -> None:
+    if condition not in conditions:
+        raise ValueError(
+            f"condition must be one of this world's {len(conditions)}, 'control', 'A' or 'A+B' in the order of the "
+            f"genes; got {condition!r}.{suggestion(condition, conditions)}"
+        )
