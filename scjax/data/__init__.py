@@ -8,5 +8,13 @@
     batch_at = make_batches(data, TimeSeriesSampling(), seed=0)        sampling, collate: batch n of (seed, n) alone
     for chunk in prefetch(batch_at, 0, 1000, chunk=10): ...            device: stacked batches, made ahead, in order
 
+and for perturbation data these:
+
+    spec = DataSpec(space="lognormalised", perturbation="condition")   spec: A+B, A+ctrl, ctrl; conditions: their names
+    rule = HoldOutSeenDoubles()                                        splits: populations, not cells
+    steps = Preprocess(library_size=None, log1p=False, scale=False, n_components=None)
+    data = prepare_perturbation(adata, spec, rule, steps, GraphRule()) perturbation: cells, vocabulary, graph of genes
+    batch_at = make_paired_batches(data, PairedSampling(), seed=0)     controls and perturbed cells of one population
+
 Models see the batches; AnnData stays here. `synthetic` makes populations whose answers are known.
 """

@@ -2,10 +2,12 @@
 
 from importlib import resources
 
+import numpy as np
+
 from scjax.data.source import read_anndata
 from scjax.data.spec import AnnData
 
-__all__ = ["klein2015"]
+__all__ = ["klein2015", "norman2019"]
 
 
 def klein2015() -> AnnData:
@@ -16,7 +18,31 @@ def klein2015() -> AnnData:
 
     Reference: Klein et al., Cell 161 (2015), doi 10.1016/j.cell.2015.04.044; GEO GSE65525.
     """
-    with resources.as_file(resources.files("scjax.data") / "files" / "klein2015.h5ad") as path:
-        adata = read_anndata(path)
+    adata = _read("klein2015.h5ad")
     adata.X = adata.X.astype("int32")  # the file has int16, in which a user's sums would overflow
     return adata
+
+
+def norman2019() -> AnnData:
+    """K562 cells under CRISPR activation: control, 18 single genes and 15 pairs, up to 100 cells each (10x Genomics).
+
+    3375 cells x 500 genes, of which 250 are expressed at all and 120 in ten or more cells (`var["n_cells"]`). `X` is
+    sparse float32: log(1 + counts per 10,000 of the cell's total over the full transcriptome), which is
+    `obs["total_counts"]`; `layers["counts"]` holds the UMI counts (int32), whose sums over these few genes tell no
+    cell's depth. `obs["perturbation"]` is `control`, `A` or `A+B`, `uns["source"]` citation and licence. It is a subset
+    of the study; TMSB4X is the only perturbed gene that is among the 500.
+
+    Reference: Norman et al., Science 365 (2019), doi 10.1126/science.aax4438; GEO GSE133344.
+    """
+    adata = _read("norman2019.h5ad")
+    counts = adata.X.astype("int32")
+    totals = np.repeat(adata.obs["total_counts"].to_numpy(), np.diff(counts.indptr))
+    x = counts.astype("float32")
+    x.data = np.log1p(counts.data / totals * 1e4).astype("float32")
+    adata.X, adata.layers["counts"] = x, counts
+    return adata
+
+
+def _read(name: str) -> AnnData:
+    with resources.as_file(resources.files("scjax.data") / "files" / name) as path:
+        return read_anndata(path)
