@@ -6,15 +6,16 @@ in one context; controls are always for training. `save_split` and `load_split` 
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import starmap
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
 from scjax.check import at_least, increasing, one_of, probability, suggestion
-from scjax.config import from_json, to_json
+from scjax.config import from_dict, from_json, to_json
 from scjax.data.conditions import CONTROL, canonical
 from scjax.types import Population
 
@@ -312,15 +313,30 @@ class PerturbationSplit:
     validation: tuple[Population, ...]
     test: tuple[Population, ...]
 
-    def __post_init__(self):
-        for part in ("train", "validation", "test"):  # JSON knows no named tuples
-            populations = tuple(_as_population(p, f"{part}[{i}]") for i, p in enumerate(getattr(self, part)))
-            object.__setattr__(self, part, populations)
-
     @property
     def populations(self) -> tuple[Population, ...]:
         """All of them, sorted."""
         return tuple(sorted((*self.train, *self.validation, *self.test)))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "PerturbationSplit":
+        """What `config.to_dict` made of a split, also after JSON, which knows no named tuples."""
+        return _from_record(from_dict(_Record, values))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Record:
+    """A PerturbationSplit as JSON gives it back."""
+
+    rule: PerturbationSplitRule
+    train: tuple[tuple[tuple[str, ...], str], ...]
+    validation: tuple[tuple[tuple[str, ...], str], ...]
+    test: tuple[tuple[tuple[str, ...], str], ...]
+
+
+def _from_record(record: _Record) -> PerturbationSplit:
+    parts = {name: tuple(starmap(Population, getattr(record, name))) for name in ("train", "validation", "test")}
+    return PerturbationSplit(rule=record.rule, **parts)
 
 
 def split_populations(
@@ -375,7 +391,9 @@ def load_split(path: str | Path) -> TimeSplit | PerturbationSplit:
         fields = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError:
         fields = {}  # `from_json` says what is wrong
-    return from_json(PerturbationSplit if isinstance(fields, dict) and "test" in fields else TimeSplit, path)
+    if isinstance(fields, dict) and "test" in fields:
+        return _from_record(from_json(_Record, path))
+    return from_json(TimeSplit, path)
 
 
 def _held_out(rule: TimeSplitRule, times: tuple[float, ...]) -> set[float]:
@@ -410,15 +428,6 @@ def _check_fold(rule: AdditiveSplit | HoldOutGenes) -> None:
     at_least("fold", rule.fold, 0)
     at_least("seed", rule.seed, 0)
     probability("test_fraction", rule.test_fraction)
-
-
-def _as_population(value: Any, at: str) -> Population:
-    match value:
-        case Population():
-            return value
-        case [[*names], str(context)] if all(isinstance(name, str) for name in names):
-            return Population(tuple(names), context)
-    raise ValueError(f"{at} must be a population, [[names], context]; got {value!r}.")
 
 
 def _test_populations(

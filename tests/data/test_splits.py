@@ -1,20 +1,37 @@
-"""Rules resolve to the times they promise; the first time is never held out."""
+"""Rules resolve to the times or populations they promise; the first time and the controls are never held out."""
 
+import itertools
+import json
+from dataclasses import dataclass, replace
+
+import numpy as np
 import pytest
 
-from scjax.config import from_dict, to_dict
+from scjax.config import from_dict, override, to_dict
 from scjax.data.splits import (
+    AdditiveSplit,
+    ComboSciPlexSplit,
+    HoldOutConditions,
+    HoldOutGenes,
     HoldOutInterior,
     HoldOutLast,
     HoldOutNone,
+    HoldOutPopulations,
+    HoldOutSeenDoubles,
     HoldOutTimes,
+    LeaveOut,
+    PerturbationSplit,
+    PerturbationSplitRule,
     ReferenceSplit,
     TimeSplit,
+    UnseenSingles,
     each_interior,
     load_split,
     save_split,
+    split_populations,
     split_times,
 )
+from scjax.types import Population
 
 DAYS = (0.0, 2.0, 4.0, 7.0)
 RULES = [
@@ -93,3 +110,266 @@ def test_json_round_trip_and_no_overwriting(rule, tmp_path):
     assert load_split(tmp_path / "split.json") == split
     with pytest.raises(FileExistsError):
         save_split(tmp_path / "split.json", split)
+
+
+NAMES = tuple("ABCDEFGHIJ")
+CONTROL = Population(())
+SINGLES = [Population((a,)) for a in NAMES]
+DOUBLES = [Population(pair) for pair in itertools.combinations(NAMES, 2)]
+POPULATIONS = [CONTROL, *SINGLES, *DOUBLES]
+LINES = [
+    Population(names, f"{line} | {batch}")
+    for names in ((), ("A",), ("B",), ("A", "B"))
+    for line in ("A172", "T98G")
+    for batch in ("1", "2")
+]
+PERTURBATION_RULES = [
+    (AdditiveSplit(fold=1), POPULATIONS),
+    (HoldOutGenes(fold=0, n_doubles=2), POPULATIONS),
+    (HoldOutGenes(fold=0, n_doubles=2, follow="code"), POPULATIONS),
+    (UnseenSingles(n_genes=3), POPULATIONS),
+    (HoldOutSeenDoubles(), POPULATIONS),
+    (HoldOutConditions(conditions=("B+A", "C")), POPULATIONS),
+    (HoldOutPopulations(populations=(("A", "A172 | 1"), ("B+A", "T98G | 2"))), LINES),
+    (LeaveOut(covariate="line", value="T98G"), LINES),
+]
+
+
+def split_by(rule, populations):
+    return split_populations(rule, populations, ("line", "batch") if populations is LINES else ())
+
+
+def conditions(part):
+    return {p.condition for p in part}
+
+
+@pytest.mark.parametrize(("rule", "populations"), PERTURBATION_RULES)
+def test_every_population_is_in_one_part_and_controls_are_for_training(rule, populations):
+    for rule in (rule, replace(rule, validation_fraction=0.4)):  # noqa: B020, PLW2901
+        split = split_by(rule, populations)
+        parts = (*split.train, *split.validation, *split.test)
+        assert len(parts) == len(set(parts)) == len(populations)
+        assert split.populations == tuple(sorted(populations))
+        assert not any(p.is_control for p in (*split.validation, *split.test))
+        assert split.test
+        assert bool(split.validation) == bool(rule.validation_fraction)
+        for part in (split.train, split.validation, split.test):
+            assert part == tuple(sorted(part))
+
+
+@pytest.mark.parametrize(("rule", "populations"), PERTURBATION_RULES)
+def test_the_order_of_the_populations_does_not_matter(rule, populations):
+    rule = replace(rule, validation_fraction=0.4)
+    shuffled = [populations[i] for i in np.random.default_rng(0).permutation(len(populations))]
+    covariates = ("line", "batch") if populations is LINES else ()
+    assert split_populations(rule, shuffled, covariates) == split_populations(rule, populations, covariates)
+
+
+@pytest.mark.parametrize(("rule", "populations"), PERTURBATION_RULES)
+def test_validation_is_drawn_from_training_and_leaves_the_test_alone(rule, populations):
+    plain = split_by(rule, populations)
+    validated = [
+        split_by(replace(rule, validation_fraction=0.4, validation_seed=seed), populations) for seed in range(6)
+    ]
+    for split in validated:
+        assert split.test == plain.test
+        assert set(split.validation) < set(plain.train)
+    assert len({split.validation for split in validated}) > 1  # the seed chooses
+
+
+@pytest.mark.parametrize(("rule", "populations"), PERTURBATION_RULES)
+def test_json_round_trip_of_populations(rule, populations, tmp_path):
+    split = split_by(replace(rule, validation_fraction=0.4), populations)
+    assert PerturbationSplit.from_dict(json.loads(json.dumps(to_dict(split)))) == split
+    save_split(tmp_path / "split.json", split)
+    again = load_split(tmp_path / "split.json")
+    assert again == split
+    assert isinstance(again.test[0], Population)
+    with pytest.raises(FileExistsError):
+        save_split(tmp_path / "split.json", split)
+
+
+def test_a_rule_is_chosen_by_its_kind():
+    @dataclass(frozen=True, kw_only=True)
+    class Settings:
+        rule: PerturbationSplitRule
+
+    settings = Settings(rule=AdditiveSplit(fold=2))
+    assert from_dict(Settings, to_dict(settings)) == settings
+    changed = override(settings, {"rule.kind": "LeaveOut", "rule.covariate": "line", "rule.value": "T98G"})
+    assert changed.rule == LeaveOut(covariate="line", value="T98G")
+
+
+def test_additive_holds_out_combinations_only():
+    splits = [split_populations(AdditiveSplit(fold=fold), POPULATIONS) for fold in range(5)]
+    assert len({split.test for split in splits}) == 5
+    for split in splits:
+        assert len(split.test) == int(0.3 * len(DOUBLES))
+        assert set(SINGLES) < set(split.train)
+    # seed and fold are added
+    assert split_populations(AdditiveSplit(fold=0, seed=44), POPULATIONS).test == splits[2].test
+    assert len(split_populations(AdditiveSplit(test_fraction=0.5), POPULATIONS).test) == len(DOUBLES) // 2
+
+
+def test_a_combination_is_held_out_in_every_context():
+    populations = [Population(p.perturbation, line) for p in POPULATIONS for line in ("x", "y")]
+    alone = split_populations(AdditiveSplit(), POPULATIONS)
+    both = split_populations(AdditiveSplit(validation_fraction=0.2), populations, ("line",))
+    assert conditions(both.test) == conditions(alone.test)
+    assert len(both.test) == 2 * len(alone.test)
+    assert len(both.validation) == 2 * len(conditions(both.validation)) == 2 * int(0.2 * (55 - len(alone.test)))
+
+
+def test_the_spelling_of_the_data_decides_a_fold_as_it_does_in_the_code():
+    """B+A sorts behind all A+..., so that the shuffle puts other doubles first."""
+    written = [p.perturbation[::-1] if p.perturbation == ("A", "B") else p.perturbation for p in POPULATIONS[1:]]
+    doubles = sorted("+".join(names) for names in written if len(names) == 2)
+    np.random.RandomState(42).shuffle(doubles)
+    expected = {"+".join(sorted(name.split("+"))) for name in doubles[: int(0.3 * 45)]}
+    split = split_populations(AdditiveSplit(), POPULATIONS, written=written)
+    assert conditions(split.test) == expected
+    assert split.test != split_populations(AdditiveSplit(), POPULATIONS).test
+
+
+def test_two_spellings_are_one_condition():
+    """Of 46 spelled doubles 13 are test; a double that is written twice counts as held out if one of them is."""
+    twice = {names for fold in range(5) for names in held_out_twice(fold)}
+    assert twice == {("A", "B")}
+
+
+def held_out_twice(fold):
+    written = [*(p.perturbation for p in POPULATIONS), ("B", "A")]
+    spelled = sorted("+".join(names) for names in written if len(names) == 2)
+    np.random.RandomState(42 + fold).shuffle(spelled)
+    split = split_populations(AdditiveSplit(fold=fold), POPULATIONS, written=written)
+    assert conditions(split.test) == {"+".join(sorted(name.split("+"))) for name in spelled[:13]}
+    return [p.perturbation for p in split.test if p.perturbation == ("A", "B")]
+
+
+def test_held_out_genes_as_the_paper_means_them():
+    rule = HoldOutGenes(fold=0, n_doubles=2)
+    split = split_populations(rule, POPULATIONS)
+    code = split_populations(replace(rule, follow="code"), POPULATIONS)
+    genes = {p.condition for p in code.test if len(p.perturbation) == 1}
+    assert conditions(split.test) == {p.condition for p in POPULATIONS if genes & set(p.perturbation)}
+    assert len(code.test) == len(genes) + 2
+    assert {name for p in code.test for name in p.perturbation} == genes
+    assert conditions(code.test) - genes <= conditions(split_populations(AdditiveSplit(), POPULATIONS).test)
+
+
+def test_unseen_singles_take_their_combinations_with_them():
+    splits = [split_populations(UnseenSingles(n_genes=2, seed=seed), POPULATIONS) for seed in range(5)]
+    for split in splits:
+        genes = {p.condition for p in split.test if len(p.perturbation) == 1}
+        assert len(genes) == 2
+        assert conditions(split.test) == {p.condition for p in POPULATIONS if genes & set(p.perturbation)}
+    assert len({split.test for split in splits}) > 1
+
+
+def test_seen_doubles_have_both_singles():
+    populations = [CONTROL, *(Population(tuple(names)) for names in ("A", "B", "C", "AB", "AD", "DE", "ABC"))]
+    assert conditions(split_populations(HoldOutSeenDoubles(), populations).test) == {"A+B"}
+
+
+def test_leaving_out_a_value_of_a_covariate():
+    for place, (covariate, value) in enumerate((("line", "T98G"), ("batch", "2"))):
+        split = split_by(LeaveOut(covariate=covariate, value=value), LINES)
+        expected = {p for p in LINES if p.context.split(" | ")[place] == value and not p.is_control}
+        assert set(split.test) == expected
+        assert {p for p in LINES if p.is_control} < set(split.train)
+    # Validation then are single populations: their conditions stay in training in other contexts.
+    split = split_by(LeaveOut(covariate="line", value="T98G", validation_fraction=0.2), LINES)
+    assert len(split.validation) == 1
+    assert conditions(split.validation) < conditions(split.train)
+
+
+def test_named_conditions_in_any_spelling():
+    for names in (("A+B", "C"), ("B+A", "C+control"), ("B + A", "ctrl+C")):
+        assert conditions(split_populations(HoldOutConditions(conditions=names), POPULATIONS).test) == {"A+B", "C"}
+
+
+def test_combosciplex():
+    held_out = [
+        ("Crizotinib", "Panobinostat"),
+        ("Curcumin", "Panobinostat"),
+        ("Panobinostat", "SRT1720"),
+        ("Panobinostat", "Sorafenib"),
+        ("Alvespimycin", "SRT2104"),
+        ("Alvespimycin",),
+        ("Dacinostat",),
+    ]
+    populations = [CONTROL, Population(("Panobinostat",)), *map(Population, held_out)]
+    split = split_populations(ComboSciPlexSplit(), populations)
+    assert {p.perturbation for p in split.test} == set(held_out)
+    with pytest.raises(ValueError, match="'control.Dacinostat' is no condition of the data"):
+        split_populations(ComboSciPlexSplit(), populations[:-1])
+
+
+def test_nothing_held_out_on_request():
+    split = split_populations(HoldOutNone(), POPULATIONS)
+    assert (split.train, split.validation, split.test) == (tuple(sorted(POPULATIONS)), (), ())
+
+
+def test_the_global_generator_is_left_alone():
+    np.random.seed(7)
+    expected = np.random.rand(3)
+    np.random.seed(7)
+    split_populations(AdditiveSplit(), POPULATIONS)
+    np.testing.assert_array_equal(np.random.rand(3), expected)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: split_populations(AdditiveSplit(), [CONTROL]), "all of them are controls"),
+        (lambda: split_populations(AdditiveSplit(), [CONTROL, *SINGLES]), "holds out none of 10 perturbed"),
+        (lambda: split_populations(HoldOutSeenDoubles(), SINGLES), "holds out none of 10 perturbed"),
+        (lambda: split_populations(UnseenSingles(n_genes=10), POPULATIONS), "holds out all 55 .* none is left"),
+        (lambda: split_populations(UnseenSingles(n_genes=11), POPULATIONS), "n_genes must be at most 10, the singles"),
+        (lambda: split_populations(HoldOutGenes(fold=0), POPULATIONS), "n_doubles must be at most 13, .* got 15"),
+        (
+            lambda: split_populations(HoldOutConditions(conditions=("KLF2",)), [Population(("KLF1",)), *SINGLES]),
+            "'KLF2' is no condition of the data. Did you mean 'KLF1'. There are 11: A, B",
+        ),
+        (lambda: split_populations(HoldOutConditions(conditions=("ctrl",)), POPULATIONS), "Controls cannot be held"),
+        (lambda: split_by(LeaveOut(covariate="lines", value="T98G"), LINES), "got 'lines'. Did you mean 'line'"),
+        (lambda: split_by(LeaveOut(covariate="line", value="T98"), LINES), "line='T98'. Did you mean 'T98G'.*: A172"),
+        (lambda: split_populations(LeaveOut(covariate="line", value="x"), LINES), "which are none; got 'line'"),
+        (lambda: split_populations(LeaveOut(covariate="line", value="x"), LINES, ("line",)), "has 2 parts, the cov"),
+        (
+            lambda: split_by(HoldOutPopulations(populations=(("A", "T98G"),)), LINES),
+            r"no population of 'A' in the context 'T98G'. Did you mean 'T98G . \d'",
+        ),
+        (
+            lambda: split_populations(AdditiveSplit(validation_fraction=0.01), POPULATIONS),
+            "validation_fraction must be at least 0.0238 to keep one of 42 training conditions; got 0.01",
+        ),
+        (lambda: split_populations(AdditiveSplit(), POPULATIONS, written=[("A", "X")]), "'A.X' is not one"),
+        (lambda: split_populations(AdditiveSplit(), POPULATIONS, written=[("A",)]), "'A.B' is missing"),
+        (lambda: AdditiveSplit(fold=-1), "fold must be at least 0"),
+        (lambda: AdditiveSplit(test_fraction=1.0), "test_fraction must lie in"),
+        (lambda: AdditiveSplit(validation_fraction=1.0), "validation_fraction must lie in"),
+        (lambda: HoldOutGenes(n_doubles=0), "n_doubles must be at least 1"),
+        (lambda: HoldOutGenes(seed=-1), "seed must be at least 0"),
+        (lambda: UnseenSingles(n_genes=0), "n_genes must be at least 1"),
+        (lambda: HoldOutConditions(conditions=()), "use HoldOutNone"),
+        (lambda: HoldOutPopulations(populations=()), "use HoldOutNone"),
+        (
+            lambda: PerturbationSplit.from_dict(
+                {"rule": {"kind": "AdditiveSplit"}, "train": ["A"], "validation": [], "test": []}
+            ),
+            r"train\[0\] must be a list; got 'A'",
+        ),
+    ],
+)
+def test_bad_rules_for_populations(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_a_file_that_is_no_split(tmp_path):
+    path = tmp_path / "split.json"
+    for text, message in (("{", "no valid JSON"), ("[]", "must be an object"), ('{"a": 1}', "a is not a field")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            load_split(path)
