@@ -1,6 +1,7 @@
 """Transforms, against formulas, scanpy's choice of genes and their own inverse; the order of genes does not matter."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from scipy import sparse
 from scjax.data.preprocess import Preprocess, Transform, fit, most_variable, preprocess_for
 
 GENES = tuple(f"g{i}" for i in range(12))
+ON_ALL = Preprocess(n_top_genes=3, n_components=2, select_on="all")
 PLAIN = Preprocess(library_size=None, log1p=False, scale=False, n_components=None)
 
 
@@ -100,6 +102,51 @@ def test_the_order_of_genes_and_of_cells_does_not_matter(genes, cells):
     np.testing.assert_allclose(z, transform.apply(counts(), GENES)[cells], rtol=1e-5, atol=1e-5)
 
 
+def test_the_median_total_is_that_of_the_fitted_cells():
+    x = counts(31)
+    x[3] = 0  # an empty cell has no say
+    steps = Preprocess(target_sum="median", n_top_genes=5, n_components=None, scale=False)
+    totals = x.sum(1, dtype=np.float64)
+    median = np.median(totals[totals > 0])
+    transform = fit(steps, x, GENES, "counts")
+    assert transform.target_sum == median
+    fixed = fit(replace(steps, target_sum=float(median)), x, GENES, "counts")
+    assert fixed.feature_names == transform.feature_names
+    other = 3 * counts(20, seed=1)  # other cells are brought to the same total
+    np.testing.assert_array_equal(transform.apply(other, GENES), fixed.apply(other, GENES))
+    np.testing.assert_array_equal(
+        fit(steps, sparse.csr_matrix(x), GENES, "counts").apply(other, GENES), transform.apply(other, GENES)
+    )
+    selected = fit(replace(steps, library_size="selected_genes"), x, GENES, "counts")
+    kept = x[:, [GENES.index(name) for name in selected.feature_names]].sum(1)
+    assert selected.target_sum == np.median(kept[kept > 0])
+    assert fit(PLAIN, counts(), GENES, "counts").target_sum is None
+
+
+def test_forced_genes_are_kept_besides_the_variable_ones():
+    steps = Preprocess(n_top_genes=4, n_components=None)
+    chosen = set(fit(steps, counts(), GENES, "counts").feature_names)
+    others = [g for g in GENES if g not in chosen]
+    transform = fit(steps, counts(), GENES, "counts", {others[2], *sorted(chosen)[:1], others[0]})
+    assert transform.feature_names == tuple(g for g in GENES if g in {*chosen, others[0], others[2]})
+    everything = replace(steps, n_top_genes=None)
+    assert fit(everything, counts(), GENES, "counts", GENES[:2]).feature_names == GENES
+    selected = fit(replace(steps, library_size="selected_genes"), counts(), GENES, "counts", others)
+    np.testing.assert_allclose(np.expm1(selected.normalise(counts(), GENES)).sum(1), 1e4)  # forced ones count
+
+
+def test_genes_chosen_on_all_cells_but_scaled_on_training_cells():
+    train, everything = counts(40), np.concatenate([counts(40), 30 * counts(40, seed=5)[:, ::-1]])
+    steps = Preprocess(target_sum="median", n_top_genes=4, n_components=None, select_on="all")
+    transform = fit(steps, train, GENES, "counts", x_all=everything)
+    on_all = fit(replace(steps, select_on="train"), everything, GENES, "counts")
+    assert (transform.feature_names, transform.target_sum) == (on_all.feature_names, on_all.target_sum)
+    on_train = fit(replace(steps, select_on="train"), train, GENES, "counts")
+    assert on_train.feature_names != transform.feature_names
+    assert on_train.target_sum != transform.target_sum
+    np.testing.assert_allclose(transform.mean, transform.normalise(train, GENES).mean(0))
+
+
 def test_extra_genes_are_ignored_and_missing_ones_named():
     transform = fit(Preprocess(n_components=3), counts(), GENES, "counts")
     wide = np.concatenate([np.full((30, 1), 9, np.float32), counts()], axis=1)
@@ -137,6 +184,7 @@ def test_velocities_are_mapped_by_the_linear_part():
     ("space", "steps"),
     [
         ("counts", Preprocess(n_top_genes=7, n_components=3)),
+        ("counts", Preprocess(target_sum="median", n_top_genes=7, n_components=3)),
         ("lognormalised", preprocess_for("lognormalised", 3)),
         ("latent", preprocess_for("latent")),
     ],
@@ -148,7 +196,7 @@ def test_tree_round_trip_is_exact(space, steps):
     np.testing.assert_array_equal(again.apply(counts(), GENES), transform.apply(counts(), GENES))
     for name in ("mean", "std", "components", "explained_variance"):
         np.testing.assert_array_equal(getattr(again, name), getattr(transform, name))
-    for name in ("preprocess", "space", "input_names", "feature_names", "n_dims"):
+    for name in ("preprocess", "space", "input_names", "feature_names", "n_dims", "target_sum"):
         assert getattr(again, name) == getattr(transform, name)
 
 
@@ -194,6 +242,15 @@ def test_solvers_for_many_genes_find_the_same_components(monkeypatch, n_componen
         (lambda: fit(PLAIN, counts()[:1], GENES, "counts"), "training cells must be at least 2"),
         (lambda: fit(PLAIN, counts() * np.nan, GENES, "counts"), "x_train must hold finite numbers"),
         (lambda: Preprocess(target_sum=0.0), "target_sum must be a positive"),
+        (lambda: fit(Preprocess(target_sum="median"), counts() * 0, GENES, "counts"), "all of them are empty"),
+        (
+            lambda: fit(Preprocess(n_components=2), counts(), GENES, "counts", ("g1", "g1l")),
+            "forced must name genes of the data; 1 are not: g1l. Did you mean 'g11'|'g1'",
+        ),
+        (lambda: fit(ON_ALL, counts(), GENES, "counts"), "select_on='all' needs x_all"),
+        (lambda: fit(ON_ALL, counts(), GENES, "counts", x_all=counts()[:, 1:]), r"its shape is \(30, 11\)"),
+        (lambda: fit(ON_ALL, counts(), GENES, "counts", x_all=counts() * np.nan), "x_all must hold finite"),
+        (lambda: fit(ON_ALL, counts(), GENES, "counts", x_all=-counts()), "x_all must hold counts"),
         (lambda: Preprocess(n_components=0), "n_components must be at least 1"),
         (lambda: Preprocess(n_top_genes=0), "n_top_genes must be at least 1"),
         (lambda: fit(PLAIN, counts(), GENES, "counts").apply(counts()[:0], GENES), r"shape is \(0, 12\)"),

@@ -6,7 +6,14 @@ import pytest
 from scjax.data.preprocess import preprocess_for
 from scjax.data.spec import DataSpec
 from scjax.data.splits import HoldOutTimes
-from scjax.data.synthetic import GaussianShift, InteractingParticles, OrnsteinUhlenbeck, to_anndata
+from scjax.data.synthetic import (
+    AdditiveEpistasis,
+    GaussianShift,
+    GaussianShifts,
+    InteractingParticles,
+    OrnsteinUhlenbeck,
+    to_anndata,
+)
 from scjax.data.timeseries import prepare_time_series
 
 WORLD = InteractingParticles()
@@ -120,6 +127,96 @@ def test_to_anndata_is_read_by_the_pipeline(snapshots):
     assert data.cell_types == ("receiver", "sender")
 
 
+SHIFTED = [
+    GaussianShifts(),
+    GaussianShifts(correlation=-0.4, seed=3),
+    AdditiveEpistasis(epistasis="none", n_perturbed=3),
+    AdditiveEpistasis(epistasis="learnable", n_perturbed=4),
+    AdditiveEpistasis(epistasis="random", n_perturbed=3),
+]
+
+
+@pytest.mark.parametrize("world", SHIFTED, ids=repr)
+def test_moments_of_each_condition(world):
+    """Within 4.5 standard errors; no cell is near zero."""
+    n = 4000
+    cells = world.simulate(seed=1, n_cells=n)
+    assert cells.x.min() > 0
+    for condition in world.conditions:
+        x, covariance = cells.of(condition), world.covariance(condition)
+        assert x.shape == (n, world.n_genes)
+        std = np.sqrt(np.diag(covariance))
+        np.testing.assert_array_less(np.abs(x.mean(0) - world.mean(condition)), 4.5 * std / np.sqrt(n))
+        error = np.sqrt((np.outer(std, std) ** 2 + covariance**2) / n)
+        np.testing.assert_array_less(np.abs(np.cov(x.T) - covariance), 4.5 * error)
+    np.testing.assert_array_equal(world.mean("control"), np.full(world.n_genes, world.level))
+
+
+@pytest.mark.parametrize("world", [SHIFTED[0], SHIFTED[3]], ids=repr)
+def test_cells_of_a_condition_do_not_depend_on_the_others(world):
+    cells = world.simulate(seed=1, n_cells=5)
+    some = world.simulate(seed=1, n_cells=5, conditions=world.conditions[2:4])
+    assert set(some.condition) == set(world.conditions[2:4])
+    np.testing.assert_array_equal(some.of(world.conditions[3]), cells.of(world.conditions[3]))
+    assert (world.simulate(seed=2, n_cells=5).x != cells.x).all()
+
+
+def test_shifts_have_one_length_and_many_directions():
+    world = GaussianShifts(n_genes=7, n_perturbed=5, length=1.2)
+    assert world.conditions == ("control", "g0", "g1", "g2", "g3", "g4")
+    shifts = np.array([world.shift(condition) for condition in world.conditions])
+    np.testing.assert_allclose(np.linalg.norm(shifts, axis=1), [0, *[1.2] * 5])
+    assert np.linalg.matrix_rank(shifts) == 5
+    assert (GaussianShifts(seed=1).shift("g0") != GaussianShifts().shift("g0")).all()
+
+
+def doubles(world):
+    return [c for c in world.conditions if "+" in c]
+
+
+def test_doubles_are_the_sum_of_singles_and_an_interaction():
+    for kind in ("none", "learnable", "random"):
+        world = AdditiveEpistasis(epistasis=kind)
+        assert len(doubles(world)) == 45
+        for double in doubles(world):
+            a, b = (world.mean(name) - world.level for name in double.split("+"))
+            np.testing.assert_allclose(world.additive(double), world.level + a + b)
+            interaction = world.mean(double) - world.additive(double)
+            np.testing.assert_allclose(interaction, world.interaction(double), atol=1e-12)
+            np.testing.assert_allclose(np.linalg.norm(interaction), 0 if kind == "none" else 1)
+        for single in ("control", "g00", "g09"):
+            assert (world.interaction(single) == 0).all()
+        assert np.linalg.norm(world.mean("g03") - world.level) == pytest.approx(1)
+        np.testing.assert_array_equal(world.mean("g03"), AdditiveEpistasis(epistasis="none").mean("g03"))
+
+
+def test_other_doubles_tell_a_learnable_interaction_and_not_a_random_one():
+    """Predicted: the mean interaction of all other doubles whose genes are of the same two classes."""
+    for kind, learnable in (("learnable", True), ("random", False)):
+        world = AdditiveEpistasis(epistasis=kind, n_classes=3)
+        assert np.bincount(world.classes()).tolist() == [4, 3, 3]
+        pairs = {d: tuple(sorted(world.classes()[world.genes.index(g)] for g in d.split("+"))) for d in doubles(world)}
+        assert len(set(pairs.values())) == 6
+        missed = []
+        for double, pair in pairs.items():
+            others = [world.interaction(other) for other, p in pairs.items() if p == pair and other != double]
+            missed.append(np.sum((np.mean(others, axis=0) - world.interaction(double)) ** 2))
+        # zero, where adding up alone misses 1; an independent guess of n draws misses 1 + 1 / n
+        if learnable:
+            np.testing.assert_allclose(missed, 0, atol=1e-12)
+        else:
+            assert np.mean(missed) > 1
+
+
+def test_perturbed_cells_as_anndata():
+    cells = AdditiveEpistasis(epistasis="none", n_perturbed=2).simulate(seed=0, n_cells=3)
+    adata = cells.to_anndata()
+    np.testing.assert_array_equal(adata.X, cells.x.astype(np.float32))
+    assert tuple(adata.var_names) == cells.genes
+    assert adata.obs["perturbation"].tolist() == [c for c in ("control", "g00", "g01", "g00+g01") for _ in range(3)]
+    assert adata.obs_names.is_unique
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -131,6 +228,18 @@ def test_to_anndata_is_read_by_the_pipeline(snapshots):
         (lambda: OrnsteinUhlenbeck(start=()), "coordinates in start"),
         (lambda: OrnsteinUhlenbeck(start=(0.0,), rate=0.0), "rate must be a positive"),
         (lambda: GaussianShift(velocity=(1.0,), std=-1.0), "std must be a positive"),
+        (lambda: GaussianShifts(n_genes=3), "n_genes must be at least 4"),
+        (lambda: GaussianShifts(correlation=1.0), "correlation must lie in"),
+        (lambda: GaussianShifts(level=4.0), "level must be at least 4.5, so that no cell"),
+        (lambda: GaussianShifts(length=0.0), "length must be a positive"),
+        (lambda: GaussianShifts().mean("g7"), "one of this world's 5, .* got 'g7'"),
+        (lambda: GaussianShifts().covariance("g7"), "one of this world's 5"),
+        (lambda: GaussianShifts().simulate(seed=0, n_cells=0), "n_cells must be at least 1"),
+        (lambda: GaussianShifts().simulate(seed=0, n_cells=1, conditions=("x",)), "got 'x'"),
+        (lambda: AdditiveEpistasis(epistasis="none", n_perturbed=1), "n_perturbed must be at least 2"),
+        (lambda: AdditiveEpistasis(epistasis="none", n_classes=0), "n_classes must be at least 1"),
+        (lambda: AdditiveEpistasis(epistasis="none", std=0.6), "level must be at least 6.6"),
+        (lambda: AdditiveEpistasis(epistasis="none").mean("g01+g00"), "in the order of the genes; got 'g01.g00'"),
     ],
 )
 def test_bad_input(make, message):
