@@ -5,11 +5,14 @@ from importlib import resources
 from pathlib import Path
 
 import numpy as np
+import pytest
 
-from scjax.data.datasets import klein2015
+from scjax.data.datasets import klein2015, norman2019
+from scjax.data.graph import GraphRule
+from scjax.data.perturbation import prepare_perturbation, unseen_axis
 from scjax.data.preprocess import Preprocess
 from scjax.data.spec import DataSpec
-from scjax.data.splits import HoldOutTimes
+from scjax.data.splits import HoldOutSeenDoubles, HoldOutTimes
 from scjax.data.timeseries import prepare_time_series
 
 
@@ -55,3 +58,72 @@ def test_day_2_never_seen_lies_nearest_to_day_4():
     away = {t: float(np.linalg.norm(mean[t] - mean[2.0])) for t in (0.0, 4.0, 7.0)}
     assert min(away, key=away.get) == 4.0
     assert 5 < away[4.0] < away[0.0] < 25
+
+
+def test_norman2019_is_whole():
+    adata = norman2019()
+    assert adata.shape == (3375, 500)
+    assert adata.X.dtype == np.float32
+    counts = adata.layers["counts"]
+    assert counts.dtype == np.int32
+    assert hashlib.sha256(counts.toarray().astype("<i4").tobytes()).hexdigest() == (
+        "60729d5e60c3a37652dc50b74be5af88658c7e6a125b79cd28b3886e8e48cdf3"
+    )
+    n_cells = adata.obs["perturbation"].value_counts()
+    assert len(n_cells) == 34
+    assert n_cells["control"] == 100
+    assert n_cells.min() == n_cells["FOXL2+HOXB9"] == 80
+    np.testing.assert_array_equal(adata.var["n_cells"], (counts > 0).sum(axis=0).A1)
+
+
+def test_norman2019_is_normalised_by_the_totals_of_all_genes():
+    adata = norman2019()
+    counts, totals = adata.layers["counts"].toarray(), adata.obs["total_counts"].to_numpy()
+    np.testing.assert_array_equal(adata.X.toarray(), np.log1p(counts / totals[:, None] * 1e4).astype(np.float32))
+    assert (counts.sum(axis=1) < 0.5 * totals).all()
+
+
+def test_norman2019_is_small_and_names_its_origin():
+    assert (resources.files("scjax.data") / "files" / "norman2019.h5ad").stat().st_size < 4e5
+    source = norman2019().uns["source"]
+    assert source["origin_license"].startswith("BSD-3")
+    assert source["doi"] == "10.1126/science.aax4438"
+    assert source["accession"] == "GSE133344"
+    notice = (Path(__file__).parents[2] / "NOTICE").read_text()
+    for words in ("norman2019.h5ad", "BSD 3-Clause License", "Altos Labs", "365, 786-793", source["origin_commit"]):
+        assert words in notice
+
+
+def test_norman2019_equals_the_set_it_was_made_from(shared_data):
+    import anndata
+
+    origin = anndata.read_h5ad(shared_data / "pert_norman2019_subset.h5ad")
+    adata = norman2019()
+    np.testing.assert_array_equal(origin.X.toarray(), adata.X.toarray())
+    np.testing.assert_array_equal(origin.layers["counts"].toarray(), adata.layers["counts"].toarray())
+    np.testing.assert_array_equal(origin.obs["perturbation"], adata.obs["perturbation"])
+    assert list(origin.var_names) == list(adata.var_names)
+
+
+def test_effects_of_norman2019_add_up_on_held_out_pairs():
+    """Pearson of deltas of the additive baseline on the genes of ten or more cells, as measured on the origin."""
+    adata = norman2019()
+    spec = DataSpec(space="lognormalised", perturbation="perturbation")
+    steps = Preprocess(library_size=None, log1p=False, scale=False, n_components=None)
+    data = prepare_perturbation(adata, spec, HoldOutSeenDoubles(), steps, GraphRule(n_neighbours=5))
+    assert {unseen_axis(p, data.split) for p in data.split.test} == {"combination"}
+    often = (adata.var["n_cells"] >= 10).to_numpy()
+    control = data.controls().mean(axis=0)[often]
+    delta = {p.perturbation: data.cells(p).mean(axis=0)[often] - control for p in data.populations}
+    pearson = {
+        p.condition: np.corrcoef(delta[p.perturbation], sum(delta[name,] for name in p.perturbation))[0, 1]
+        for p in data.split.test
+    }
+    measured = {
+        "KLF1+MAP2K6": 0.981,
+        "KLF1+TGFBR2": 0.987,
+        "MAP2K3+MAP2K6": 0.729,
+        "MAP2K3+SLC38A2": 0.709,
+        "MAPK1+TGFBR2": 0.946,
+    }
+    assert pearson == pytest.approx(measured, abs=6e-4)

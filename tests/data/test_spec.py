@@ -9,6 +9,7 @@ from scipy import sparse
 from scjax.config import from_dict, to_dict
 from scjax.data.source import CellSource, open_source
 from scjax.data.spec import DataSpec, feature_names
+from scjax.types import Population
 
 COUNTS = DataSpec(space="counts", time="day")
 LOGGED = DataSpec(space="lognormalised", time="day")
@@ -149,3 +150,196 @@ def test_the_spec_itself_is_checked_and_survives_json():
     with pytest.raises(ValueError, match="expression must be 'X'"):
         DataSpec(expression="layer/counts", space="counts", time="day")
     assert from_dict(DataSpec, to_dict(COUNTS)) == COUNTS
+
+
+GENES = DataSpec(space="counts", perturbation="p")
+LINES = DataSpec(space="counts", perturbation="p", covariates=("line",))
+DOSED = DataSpec(space="counts", perturbation="p", dose="d")
+TWO = DataSpec(space="counts", perturbation=("p", "q"), dose=("d", "e"))
+NAMES = ["ctrl", "ctrl", "A+ctrl", "ctrl+A", "B+A", "A+B", "C", "C"]
+LINE = ["x"] * 4 + ["y"] * 4
+
+
+def perturbed(p=NAMES, **obs):
+    return cells(p=p, **obs)
+
+
+def test_each_cell_has_its_population_whatever_the_spelling():
+    populations, index = GENES.read_populations(perturbed())
+    assert populations == (Population(()), Population(("A",)), Population(("A", "B")), Population(("C",)))
+    np.testing.assert_array_equal(index, [0, 0, 1, 1, 2, 2, 3, 3])
+    GENES.check(perturbed())
+    categories = perturbed(pd.Categorical(NAMES))
+    GENES.check(categories)
+    np.testing.assert_array_equal(GENES.read_populations(categories)[1], index)
+
+
+def test_spellings_are_those_of_the_data():
+    assert GENES.read_spellings(perturbed()) == (
+        *(("A", "B"), ("A", "control"), ("B", "A"), ("C", "control"), ("control",), ("control", "A")),
+    )
+
+
+def test_controls_are_matched_within_the_combinations_of_covariates():
+    names = ["ctrl", "ctrl", "A", "A", "control", "ctrl", "A", "A"]
+    spec = DataSpec(space="counts", perturbation="p", covariates=("line", "batch"))
+    adata = perturbed(names, line=LINE, batch=1)
+    spec.check(adata)
+    populations, index = spec.read_populations(adata)
+    assert populations == tuple(Population(p, f"{line} | 1") for p in ((), ("A",)) for line in "xy")
+    controls = spec.read_controls(adata)
+    assert list(controls) == ["x | 1", "y | 1"]
+    np.testing.assert_array_equal(controls["y | 1"], [4, 5])
+    np.testing.assert_array_equal(index[controls["x | 1"]], [0, 0])
+
+
+@pytest.mark.parametrize(
+    "dose", [[9.0, np.nan, 1, 1, 0.5, 0.5, 10, 10.0], ["-", "", "1", "1.0", "0.5", ".5", "10", "1e1"]]
+)
+def test_a_dose_is_part_of_the_name_and_controls_have_none(dose):
+    adata = perturbed(["ctrl", "ctrl", "A", "A+ctrl", "A+B", "B+A", "C", "C"], d=dose)
+    DOSED.check(adata)
+    populations, index = DOSED.read_populations(adata)
+    assert [p.condition for p in populations] == ["control", "A@0.5+B@0.5", "A@1", "C@10"]
+    np.testing.assert_array_equal(index, [0, 0, 2, 2, 1, 1, 3, 3])
+
+
+def test_a_dose_for_each_name_and_columns_for_each_slot():
+    one = perturbed(["ctrl", "ctrl", "A+B", "B+A"] * 2, d=["0", "0+0", "1+0.2", "0.2+1"] * 2)
+    names = (["ctrl", "ctrl", "A", "B"] * 2, ["control", "ctrl", "B", "A"] * 2)
+    two = perturbed(names[0], q=names[1], d=[0, 0, 1, 0.2] * 2, e=[0, 0, 0.2, 1] * 2)
+    for spec, adata in ((DOSED, one), (TWO, two)):
+        spec.check(adata)
+        assert [p.condition for p in spec.read_populations(adata)[0]] == ["control", "A@1+B@0.2"]
+
+
+def test_a_prediction_needs_controls_only():
+    adata = perturbed(["ctrl"] * 7 + ["A"], line=[*LINE[:7], "z"])
+    LINES.check(adata, min_cells=0)
+    with pytest.raises(
+        ValueError, match=r"have perturbed cells and no controls \('z'\)(.|\n)*each population .*A \(z\)"
+    ):
+        LINES.check(adata)
+    DOSED.check(adata, min_cells=0)  # no column of doses
+    np.testing.assert_array_equal(DOSED.read_controls(adata)[""], np.arange(7))
+    with pytest.raises(ValueError, match="no cell of .* is a control"):
+        GENES.check(perturbed(["A"] * 8), min_cells=0)
+
+
+@pytest.mark.parametrize(
+    ("spec", "adata", "message"),
+    [
+        (DataSpec(space="counts", perturbation="q"), perturbed(), r"perturbation names a column .* 'q' is not one"),
+        (
+            DataSpec(space="counts", perturbation="p", covariates=("lime",), dose="dose"),
+            perturbed(line="x"),
+            r"2 problems(.|\n)*covariates names .* mean 'line'(.|\n)*dose names a column",
+        ),
+        (
+            GENES,
+            perturbed([*NAMES[:7], None]),
+            r"1 of 8 cells have no value in obs\['p'\], the first is 'c7'.*'control'",
+        ),
+        (LINES, perturbed(line=[*LINE[:7], np.nan]), r"covariates: 1 of 8 cells have no value in obs\['line'\]"),
+        (GENES, perturbed(["A"] * 4 + ["NT"] * 4), r"no cell of obs\['p'\] is a control .* names are 'A', 'NT'"),
+        (GENES, perturbed(["ctrl"] * 8), r"every cell of obs\['p'\] is a control"),
+        (LINES, perturbed(line=LINE), r"1 of the combinations of line have perturbed cells and no controls \('y'\)"),
+        (GENES, perturbed(["ctrl"] * 6 + ["A", "B"]), r"at least 2 cells; 2 have fewer \(A, B\)"),
+        (GENES, perturbed(["ctrl"] * 4 + ["A+"] * 4), r"'A\+' has an empty part.* \(4 cells.\)"),
+        (GENES, perturbed(["ctrl"] * 4 + ["A+A"] * 4), r"'A\+A' names 'A' twice"),
+        (
+            DataSpec(space="counts", perturbation="p", separator="|"),
+            perturbed(["ctrl"] * 4 + ["A+B"] * 4),
+            r"'A\+B' holds '\+', which joins names. Rename",
+        ),
+        (
+            DataSpec(space="counts", perturbation="p", control="NT"),
+            perturbed(["NT"] * 4 + ["control"] * 4),
+            r"'control' is a perturbation here, as control=\('NT',\)",
+        ),
+        (LINES, perturbed(line=["a | b"] * 8), r"'a | b' of obs\['line'\] holds ' \| ', which joins covariates"),
+        (DOSED, perturbed(d=-1.0), r"dose: .* has '-1.0' for a dose, which must be a positive number"),
+        (DOSED, perturbed(d=0), r"has '0' for a dose.* A dose of zero is a control"),
+        (DOSED, perturbed(d=["1"] * 7 + ["high"]), r"'C' has 'high' for a dose.* \(1 cells.\)"),
+        (DOSED, perturbed(d=[1.0] * 7 + [np.nan]), r"'C' has no value for a dose"),
+        (DOSED, perturbed(d="1+2+3"), r"'1\+2\+3' has 3 numbers for the 2 of 'B\+A'"),
+        (TWO, perturbed(q="ctrl", d=1.0, e=1.0), r"'B\+A' holds '\+', which joins names"),
+    ],
+)
+def test_each_problem_of_perturbations_is_named_with_its_mend(spec, adata, message):
+    with pytest.raises(ValueError, match=message):
+        spec.check(adata)
+
+
+def test_many_bad_names_are_a_few_lines():
+    with pytest.raises(ValueError, match=r"perturbation: 3 more such names") as caught:
+        GENES.check(perturbed([f"A{i}+" for i in range(8)]))
+    assert str(caught.value).count("empty part") == 5
+
+
+def test_problems_of_all_kinds_come_in_one_message():
+    adata = cells(with_value(1.5), p=["ctrl", "ctrl", "A", "A", "B", "B", "C+", "C+"], d=[1, 1, 1, 1, -1, -1, 1, 1])
+    with pytest.raises(ValueError, match="4 problems") as caught:
+        DataSpec(space="counts", perturbation="p", dose="d", vectors="v").check(adata)
+    for words in ("empty part", "for a dose", "vectors names a key of adata.uns", "not integers"):
+        assert words in str(caught.value)
+
+
+FINE = {"A": [1.0, 2.0], "B": [0.0, 1.0], "C": [3.0, 3.0]}
+
+
+@pytest.mark.parametrize("form", [dict, lambda v: pd.DataFrame(v).T, lambda v: {k: np.array(x) for k, x in v.items()}])
+def test_vectors_come_as_a_table_or_a_dict(form):
+    spec, adata = DataSpec(space="counts", perturbation="p", vectors="v"), perturbed()
+    adata.uns["v"] = form(FINE | {"never seen": [5.0, 5.0]})
+    spec.check(adata)
+    vectors = spec.read_vectors(adata)
+    assert set(vectors) == {"A", "B", "C", "never seen"}
+    np.testing.assert_array_equal(vectors["C"], [3.0, 3.0])
+    assert GENES.read_vectors(adata) == {}
+
+
+@pytest.mark.parametrize(
+    ("vectors", "message"),
+    [
+        ({"A": [1.0], "B": [1.0]}, r"has none for 1 perturbations \('C'\)"),
+        (FINE | {"B": [1.0]}, r"that of 'B' has shape \(1,\), most have \(2,\)"),
+        (FINE | {"B": [1.0, np.nan]}, r"NaN or infinite values for 'B'"),
+        (FINE | {"B": ["high", "low"]}, r"no numbers for 'B'"),
+        (dict.fromkeys("ABC", 1.0), r"vectors of one length; that of 'A' has shape \(\)"),
+        ([1.0, 2.0], r"must be a DataFrame .* it is list"),
+    ],
+)
+def test_each_problem_of_vectors(vectors, message):
+    adata = perturbed()
+    adata.uns["v"] = vectors
+    with pytest.raises(ValueError, match=message):
+        DataSpec(space="counts", perturbation="p", vectors="v").check(adata)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "obs column of time .* or of perturbation; both are missing"),
+        ({"time": "day", "dose": "d", "vectors": "v"}, "dose, vectors belong to perturbations"),
+        ({"perturbation": "p", "separator": " "}, "separator must be a visible sign"),
+        ({"perturbation": "p", "control": ()}, "control must hold at least one name"),
+        ({"perturbation": "p", "control": "a+b"}, r"control must hold at least one name, without '\+'"),
+        ({"perturbation": ("p", "q"), "dose": "d"}, "dose must name as many columns as perturbation"),
+    ],
+)
+def test_roles_that_do_not_fit_together(fields, message):
+    with pytest.raises(ValueError, match=message):
+        DataSpec(space="counts", **fields)
+
+
+@pytest.mark.parametrize("spec", [GENES, LINES, DOSED, TWO, DataSpec(space="latent", perturbation="p", control="NT")])
+def test_perturbation_roles_survive_json(spec):
+    assert from_dict(DataSpec, to_dict(spec)) == spec
+
+
+def test_roles_that_are_not_named_cannot_be_read():
+    with pytest.raises(ValueError, match="time=None: this DataSpec names no obs column of times"):
+        GENES.read_times(perturbed())
+    with pytest.raises(ValueError, match="perturbation=None: this DataSpec names no obs column of perturbations"):
+        COUNTS.read_populations(perturbed())
