@@ -24,7 +24,9 @@ class GraphRule:
         n_neighbours: per gene, before the graph is made symmetric; 30 in the scDFM paper.
         absolute: rank by |correlation|, and keep an edge that either gene lists. False ranks the same but keeps an edge
             of negative correlation only where both list it (the scDFM code without `use_negative_edge`).
-        log1p: apply log(1 + x) to the log-normalised values once more, as the scDFM code does.
+        log1p: apply log(1 + x) to the log-normalised values once more, as the scDFM code does; its published scores are
+            those of such graphs. The usual correlation, False, shares 77 to 93 % of the edges on five small data sets
+            and is found again in the other half of the cells as well, or a little better.
     """
 
     n_neighbours: int = 30

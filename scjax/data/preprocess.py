@@ -25,7 +25,7 @@ class Preprocess:
         library_size: whose counts make a cell's total, brought to `target_sum`: "all_genes" of the data;
             "selected_genes", the `n_top_genes` kept, as scIMF does it, though their total does not tell a cell's depth;
             None leaves the counts as they are.
-        target_sum: counts per cell after that; "median" takes the median total of the cells that are fitted on.
+        target_sum: counts per cell after that; "median" takes the median total of the `select_on` cells.
         log1p: natural log(1 + x).
         n_top_genes: keep the genes of highest normalised dispersion (`most_variable`); None keeps all.
         select_on: the cells that choose the genes, and their median total: "train"; or "all" of the data set, as the

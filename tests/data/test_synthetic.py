@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from scjax.data.preprocess import preprocess_for
+from scjax.data.perturbation import prepare_perturbation
+from scjax.data.preprocess import Preprocess, preprocess_for
 from scjax.data.spec import DataSpec
-from scjax.data.splits import HoldOutTimes
+from scjax.data.splits import HoldOutConditions, HoldOutTimes
 from scjax.data.synthetic import (
     AdditiveEpistasis,
     GaussianShift,
@@ -215,6 +216,12 @@ def test_perturbed_cells_as_anndata():
     assert tuple(adata.var_names) == cells.genes
     assert adata.obs["perturbation"].tolist() == [c for c in ("control", "g00", "g01", "g00+g01") for _ in range(3)]
     assert adata.obs_names.is_unique
+    spec = DataSpec(space="lognormalised", perturbation="perturbation")
+    steps = Preprocess(library_size=None, log1p=False, scale=False, n_components=None)
+    data = prepare_perturbation(adata, spec, HoldOutConditions(conditions=("g00+g01",)), steps)
+    np.testing.assert_array_equal(data.x, adata.X)
+    assert [p.condition for p in data.populations] == ["control", "g00", "g00+g01", "g01"]
+    assert [p.condition for p in data.split.test] == ["g00+g01"]
 
 
 @pytest.mark.parametrize(
