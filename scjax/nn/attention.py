@@ -4,7 +4,21 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-__all__ = ["attend", "attention_logits", "attention_weights", "merge_heads", "split_heads", "unnormalised_weights"]
+from scjax import check
+from scjax.nn.blockwise import mix_blockwise
+
+__all__ = [
+    "attend",
+    "attend_to_all",
+    "attention_logits",
+    "attention_weights",
+    "differential_attend",
+    "merge_heads",
+    "split_heads",
+    "unnormalised_weights",
+]
+
+IMPLEMENTATIONS = ("blockwise", "dot_product")
 
 
 def split_heads(x: Float[Array, "n features"], n_heads: int) -> Float[Array, "heads n head_features"]:
@@ -71,3 +85,54 @@ def unnormalised_weights(logits: Float[Array, "heads n m"]) -> Float[Array, "hea
 
 def _or_one(total: Float[Array, "heads n 1"]) -> Float[Array, "heads n 1"]:
     return jnp.where(total > 0, total, 1)
+
+
+def attend_to_all(
+    q: Float[Array, "heads n d"],
+    k: Float[Array, "heads m d"],
+    v: Float[Array, "heads m d"],
+    *,
+    implementation: str | None = None,
+) -> Float[Array, "heads n d"]:
+    """`attend` to large sets: the same values without anybody excluded or dropped, and no n x m array is kept.
+
+    Args:
+        implementation: "blockwise" (`scjax.nn.blockwise`), "dot_product" (`jax.nn.dot_product_attention`), or None
+            for the faster one on the default backend: blockwise on a CPU, the other on accelerators.
+    """
+    if _implementation(implementation) == "dot_product":
+        return _dot_product(q, k, v)
+    return mix_blockwise((q,), (k,), v, (jnp.ones((), v.dtype),))
+
+
+def differential_attend(
+    q1: Float[Array, "heads n d"],
+    k1: Float[Array, "heads m d"],
+    q2: Float[Array, "heads n d"],
+    k2: Float[Array, "heads m d"],
+    v: Float[Array, "heads m d"],
+    lam: Float[Array, ""],
+    *,
+    implementation: str | None = None,
+) -> Float[Array, "heads n d"]:
+    """What the first map of attention receives less lam times what the second does, of the same values.
+
+    softmax(q1 k1^T / sqrt(d)) v - lam softmax(q2 k2^T / sqrt(d)) v. `implementation` as for `attend_to_all`.
+
+    Reference: Ye et al., Differential Transformer, ICLR 2025, eq. 1.
+    """
+    if _implementation(implementation) == "dot_product":
+        return _dot_product(q1, k1, v) - lam.astype(v.dtype) * _dot_product(q2, k2, v)
+    return mix_blockwise((q1, q2), (k1, k2), v, (jnp.ones_like(lam), -lam))
+
+
+def _implementation(asked: str | None) -> str:
+    if asked is None:
+        return "blockwise" if jax.default_backend() == "cpu" else "dot_product"
+    check.one_of("implementation", asked, IMPLEMENTATIONS)
+    return asked
+
+
+def _dot_product(q, k, v):
+    q, k, v = (jnp.swapaxes(x, 0, 1) for x in (q, k, v))
+    return jnp.swapaxes(jax.nn.dot_product_attention(q, k, v), 0, 1)
