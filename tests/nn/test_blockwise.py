@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from scjax.nn import attention, blockwise
-from scjax.nn.attention import attend, differential_attend, attend_to_all
+from scjax.nn.attention import attend, attend_to_all, differential_attend
 from scjax.nn.blockwise import mix_blockwise
 
 HEADS, D = 2, 4
