@@ -112,7 +112,7 @@ def make_paired_batches(
             source = np.stack([x0[optimal_pairs(x0, x1)] for x0, x1 in zip(source, target, strict=True)])
         return PairedBatch(source=source, target=target, perturbation=ids[rows.populations], genes=tokens[rows.genes])
 
-    batch_at(0)
+    batch_at(0)  # what does not fit is an error here, not later in a thread
     return batch_at
 
 
