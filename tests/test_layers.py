@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "metrics": WORDS | {"kernels", "losses"},
     "train": WORDS | {"checkpoint"},
     "convert": WORDS | {"models", "checkpoint"},
-    "predict": WORDS | {"data", "models", "checkpoint"},
+    "predict": WORDS | {"processes", "data", "models", "checkpoint"},
     "plot": WORDS,
     "experiment": WORDS | MATHEMATICS | SERVICES | THIRD | {"data", "models"},
     "presets": WORDS | MATHEMATICS | SERVICES | THIRD | {"data", "models", "experiment"},

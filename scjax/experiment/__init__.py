@@ -12,7 +12,8 @@ from typing import Any, TypeAlias
 
 from scjax.config import from_dict, from_json
 from scjax.data.spec import AnnData
-from scjax.experiment import timeseries
+from scjax.experiment import perturbation, timeseries
+from scjax.experiment.perturbation import PerturbationExperiment
 from scjax.experiment.run import (
     Run,
     admit,
@@ -23,16 +24,27 @@ from scjax.experiment.run import (
     train_task,
 )
 from scjax.experiment.timeseries import TimeSeriesExperiment
+from scjax.metrics import perturbation_report, report
 from scjax.predict import load, model_title
 from scjax.train.hooks import Hook
 
-__all__ = ["Experiment", "Run", "TimeSeriesExperiment", "evaluate", "read_experiment", "train"]
+__all__ = [
+    "Experiment",
+    "PerturbationExperiment",
+    "Run",
+    "TimeSeriesExperiment",
+    "evaluate",
+    "read_experiment",
+    "report_of",
+    "train",
+]
 
-Experiment: TypeAlias = TimeSeriesExperiment
+Experiment: TypeAlias = TimeSeriesExperiment | PerturbationExperiment
 
 # Each kind of experiment, and the module with its `digest`, `prepare` and `tables`.
 _KINDS: dict[str, tuple[type, ModuleType]] = {
     "TimeSeriesExperiment": (TimeSeriesExperiment, timeseries),
+    "PerturbationExperiment": (PerturbationExperiment, perturbation),
 }
 
 
@@ -105,7 +117,8 @@ def evaluate(
         workdirs: runs that differ in their seed and in nothing else, one row of the table; or, by the names of the
             rows, the runs of several models. All of them must be of one kind and one split of these data.
         step: of the checkpoints; the newest of each run unless given.
-        options: of `timeseries.tables`, which gives one table a held-out time: metrics, n_cells, n_draws, seed.
+        options: of `timeseries.tables`, which gives one table a held-out time, or of `perturbation.tables`, which gives
+            one of all held-out populations: metrics, n_cells, n_draws, seed, ...
 
     Raises:
         ValueError: nothing held out, runs of different kinds, splits or spaces, a row of different models, data that
@@ -138,6 +151,11 @@ def evaluate(
         "split": runs[0].about["split"],
     }
     return module.tables(trained, adata, provenance=provenance, **options)
+
+
+def report_of(table: Any) -> ModuleType:
+    """The module with `render`, `verdict` and `to_json_dict` for this table."""
+    return perturbation_report if isinstance(table, perturbation_report.PerturbationTable) else report
 
 
 def _class_of(tree: Any) -> type:

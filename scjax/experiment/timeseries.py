@@ -64,6 +64,8 @@ class TimeSeriesExperiment:
     def __post_init__(self):
         check_loop(self)
         one_of("time_scale", self.time_scale, get_args(TimeScale))
+        if self.spec.time is None:
+            raise ValueError("spec.time must name the obs column of sampling times; got None.")
         n_dims = self.preprocess.n_components or self.preprocess.n_top_genes
         if n_dims is not None and n_dims != self.model.n_dims:
             raise _width_error(self, n_dims)

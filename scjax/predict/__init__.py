@@ -1,7 +1,8 @@
 """From a checkpoint and cells to predictions as an AnnData; the truth is never needed.
 
-trained = load("runs/first")                    what it is of decides what it can predict:
-predict(trained, adata, [2.0, 4.5])             a time series: the population at these times
+trained = load("runs/first")                        the kind of run decides what it can predict:
+predict(trained, adata, [2.0, 4.5])                 a time series: the population at these times
+predict(trained, adata, ["KLF1+MAP2K6"])            perturbations: what control cells become
 """
 
 from collections.abc import Callable, Iterable
@@ -11,13 +12,16 @@ from typing import Any, NamedTuple, TypeAlias
 
 from scjax import checkpoint
 from scjax.data.spec import AnnData
-from scjax.models import scimf
-from scjax.predict import timeseries
+from scjax.models import scdfm, scimf
+from scjax.predict import perturbation, timeseries
+from scjax.predict.perturbation import GenerationConfig, TrainedPerturbation
 from scjax.predict.timeseries import TrainedTimeSeries, interaction_scores, project, simulate_cells, velocity
 
 __all__ = [
     "MODELS",
+    "GenerationConfig",
     "Trained",
+    "TrainedPerturbation",
     "TrainedTimeSeries",
     "interaction_scores",
     "load",
@@ -28,7 +32,7 @@ __all__ = [
     "velocity",
 ]
 
-Trained: TypeAlias = TrainedTimeSeries
+Trained: TypeAlias = TrainedTimeSeries | TrainedPerturbation
 
 
 class ModelKind(NamedTuple):
@@ -47,6 +51,7 @@ class ModelKind(NamedTuple):
 
 MODELS: dict[str, ModelKind] = {  # by the `kind` that a checkpoint is stored under
     "scimf": ModelKind("scIMF", scimf, TrainedTimeSeries.from_checkpoint),
+    "scdfm": ModelKind("scDFM", scdfm, TrainedPerturbation.from_checkpoint),
 }
 
 
@@ -73,5 +78,9 @@ def load(directory: str | Path, step: int | None = None) -> Trained:
 
 
 def predict(trained: Trained, adata: AnnData, wanted: Iterable[Any], **options: Any) -> AnnData:
-    """What `wanted` names: times of a time series; `options` are those of `timeseries.predict`."""
-    return timeseries.predict(trained, adata, wanted, **options)
+    """Times of a time series, conditions of perturbations.
+
+    `options` and what comes back: see `timeseries.predict` and `perturbation.predict`.
+    """
+    module = timeseries if isinstance(trained, TrainedTimeSeries) else perturbation
+    return module.predict(trained, adata, wanted, **options)

@@ -1,0 +1,279 @@
+"""Experiments on perturbations: populations of controls and perturbed cells, some of which training never sees."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from scjax.check import at_least, column
+from scjax.config import to_dict
+from scjax.data.collate import make_paired_batches
+from scjax.data.conditions import OnUnknown, as_columns
+from scjax.data.graph import GraphRule
+from scjax.data.perturbation import PerturbationData, prepare_perturbation, unseen_axis
+from scjax.data.preprocess import Preprocess
+from scjax.data.sampling import PairedSampling
+from scjax.data.source import open_source
+from scjax.data.spec import AnnData, DataSpec
+from scjax.data.splits import PerturbationSplitRule
+from scjax.experiment.run import Task, check_comparable, check_loop, data_digest
+from scjax.metrics.perturbation_report import DEFAULT_METRICS, PerturbationTable, perturbation_table
+from scjax.models import scdfm
+from scjax.predict.perturbation import GenerationConfig, TrainedPerturbation, generate, read_sources
+from scjax.train.loop import Validate
+from scjax.train.optimizers import OptimizerConfig
+from scjax.types import Population
+
+__all__ = ["PerturbationExperiment", "digest", "prepare", "tables"]
+
+_N_VALIDATION = 8  # batches of which a validation score is the mean
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerturbationExperiment:
+    """Everything that decides a run on perturbations but the data themselves.
+
+    Attributes:
+        kind: tells in a settings file which experiment it is.
+        model: sizes and loss; n_tokens, n_perturbations and n_vector are the data's unless given.
+        spec: what the parts of the AnnData mean.
+        split: the populations that training never sees, and the share of the others that is kept for validation.
+        preprocess: fitted on the cells of the training populations; without scaling and PCA.
+        graph: which genes a gene attends to, by co-expression in the cells of training.
+        sampling: how many populations, cells and genes a step sees.
+        generation: how cells are generated when nothing else is asked for.
+        optimizer: Adam and its schedule.
+        n_steps: of training.
+        scan_steps: steps in one compiled call.
+        ema_decay: of the moving average of the parameters, which then is what predicts; None keeps none.
+        log_every: steps between two lines of the log.
+        checkpoint_every: steps between two checkpoints, a multiple of scan_steps; the last step always has one.
+        validate_every: steps between two losses on the validation populations, a multiple of scan_steps; the parameters
+            of the lowest one predict. None, for a split that keeps none.
+        patience: training ends after so many validations without a lower loss; None never does.
+        seed: of parameters, cells, genes, noise. The same seed gives the same run.
+    """
+
+    kind: Literal["PerturbationExperiment"] = "PerturbationExperiment"
+    model: scdfm.Config = scdfm.Config()
+    spec: DataSpec
+    split: PerturbationSplitRule
+    preprocess: Preprocess = Preprocess(scale=False, n_components=None)
+    graph: GraphRule = GraphRule()
+    sampling: PairedSampling = PairedSampling()
+    generation: GenerationConfig = GenerationConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    n_steps: int = 100_000
+    scan_steps: int = 10
+    ema_decay: float | None = None
+    log_every: int = 10
+    checkpoint_every: int = 5000
+    validate_every: int | None = None
+    patience: int | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        check_loop(self)
+        if self.spec.perturbation is None:
+            raise ValueError("spec.perturbation must name the obs column of what was done to the cells; got None.")
+        if self.spec.space == "latent":
+            raise ValueError(
+                "spec.space='latent', but scDFM generates expression: give counts or log-normalised values."
+            )
+        if self.preprocess.scale or self.preprocess.n_components is not None:
+            raise ValueError(
+                f"preprocess must leave expression as it is: scale=False and n_components=None; got scale="
+                f"{self.preprocess.scale}, n_components={self.preprocess.n_components}."
+            )
+        if self.generation.guidance != 1 and not self.model.condition_dropout:
+            raise ValueError(
+                f"generation.guidance={self.generation.guidance} needs model.condition_dropout above 0; it is 0."
+            )
+        self._check_validation()
+
+    def _check_validation(self) -> None:
+        kept = getattr(self.split, "validation_fraction", 0.0) > 0
+        if kept and self.validate_every is None:
+            raise ValueError(
+                f"split.validation_fraction={self.split.validation_fraction} keeps populations from training; "
+                "set validate_every to use them, or the fraction to 0."
+            )
+        if not kept and self.validate_every is not None:
+            raise ValueError(
+                f"validate_every={self.validate_every}, but the split keeps no population for that: set "
+                "split.validation_fraction. The test populations are never looked at."
+            )
+        if self.patience is not None and self.validate_every is None:
+            raise ValueError(f"patience={self.patience} needs validate_every; it is None.")
+        for name in ("validate_every", "patience"):
+            if getattr(self, name) is not None:
+                at_least(name, getattr(self, name), 1)
+        if self.validate_every is not None and self.validate_every % self.scan_steps:
+            raise ValueError(
+                f"validate_every must be a multiple of scan_steps; got {self.validate_every} and {self.scan_steps}."
+            )
+
+
+def digest(adata: AnnData, spec: DataSpec) -> str:
+    return data_digest(adata, spec, _labels(adata, spec))
+
+
+def prepare(experiment: PerturbationExperiment, adata: AnnData) -> Task:
+    data = prepare_perturbation(adata, experiment.spec, experiment.split, experiment.preprocess, experiment.graph)
+    config = _sized(experiment.model, data)
+    vectors = None if config.perturbation != "vector" else jnp.asarray(data.vectors)
+    constants = scdfm.Constants(graph=jnp.asarray(data.graph), vectors=vectors)
+    arrays, transform = data.transform.to_tree()
+    return Task(
+        model=scdfm.build(config, constants),
+        data=data,
+        split=data.split,
+        batches=make_paired_batches(data, experiment.sampling, experiment.seed, config.perturbation),
+        arrays={"transform": arrays, "constants": constants},
+        about={
+            "kind": "scdfm",
+            "model": to_dict(config),
+            "transform": transform,
+            "vocabulary": to_dict(data.vocabulary),
+            "n_slots": data.n_slots,
+        },
+        validate=_validation(experiment, data, config, constants),
+    )
+
+
+def tables(
+    trained: Mapping[str, Sequence[TrainedPerturbation]],
+    adata: AnnData,
+    *,
+    metrics: Mapping[str, Any] = DEFAULT_METRICS,
+    n_cells: int | None = None,
+    n_draws: int = 5,
+    seed: int = 0,
+    on_unknown: OnUnknown = "error",
+    provenance: Mapping[str, Any],
+) -> list[PerturbationTable]:
+    """One of all test populations, and where they are new in several ways, one of each way besides.
+
+    Each population is predicted from the control cells of its context, as many cells as the run's own settings say.
+    Controls are training data too, on both sides of every comparison. See `scjax.experiment.evaluate`.
+
+    Args:
+        metrics: by name, see `metrics.expression` and `metrics.perturbation_report`.
+        n_cells: the most cells of a population in a draw of those metrics that need equal numbers.
+        n_draws: such draws.
+        seed: of the draws, and of the generated cells.
+        on_unknown: what to do about perturbations that training never saw, see `predict.perturbation.predict`.
+    """
+    runs = [run for of_row in trained.values() for run in of_row]
+    first = runs[0]
+    for run in runs:
+        check_comparable(run.about, first.about, ("split", "transform"))
+    split = first.split
+    if not split.test:
+        raise ValueError("the runs held out nothing, so there is nothing to evaluate; train with a split that does.")
+
+    populations, population_of = first.spec.read_populations(adata)
+    source = open_source(adata, first.spec)
+
+    def observed(wanted: Sequence[Population]) -> dict[Population, np.ndarray]:
+        rows = {p: np.flatnonzero(population_of == populations.index(p)) for p in wanted}
+        return {p: first.transform.apply(source.rows(r), source.feature_names) for p, r in rows.items()}
+
+    vectors = first.spec.read_vectors(adata) or None
+    contexts = sorted({p.context for p in split.test})
+    replaced: dict[str, str] = {}
+    generated: dict[str, list[dict[Population, np.ndarray]]] = {}
+    for name, of_row in trained.items():
+        generated[name] = []
+        for run in of_row:
+            sources = read_sources(run, adata, contexts)
+            found, stand_ins = generate(run, sources, split.test, seed=seed, on_unknown=on_unknown, vectors=vectors)
+            generated[name].append({p: cells.x for p, cells in found.items()})
+            replaced |= stand_ins
+    training, real = observed(split.train), observed(split.test)
+    axes: dict[str, list[Population]] = {}
+    for p in split.test:
+        axes.setdefault(unseen_axis(p, split), []).append(p)
+    told = ", ".join(f"{axis} ({len(of_axis)})" for axis, of_axis in axes.items())
+    titles = {f"all {len(split.test)} held-out populations, unseen: {told}": list(split.test)}
+    if len(axes) > 1:
+        titles |= {f"held-out populations, unseen: {axis}": of_axis for axis, of_axis in axes.items()}
+    n_controls = sum(len(x) for p, x in training.items() if p.is_control and p.context in contexts)
+    from_where = f"predicted from the {n_controls} control cells of their contexts, which training saw"
+    return [
+        perturbation_table(
+            f"{title}; {from_where}",
+            {name: [{p: cells[p] for p in wanted} for cells in of_row] for name, of_row in generated.items()},
+            training,
+            {p: real[p] for p in wanted},
+            metrics,
+            n_cells=n_cells,
+            n_draws=n_draws,
+            seed=seed,
+            vectors=vectors,
+            gene_names=first.genes,
+            provenance={
+                **provenance,
+                "unseen": {str(p): axis for axis, of_axis in axes.items() for p in of_axis},
+                "generation": {name: [to_dict(run.generation) for run in of_row] for name, of_row in trained.items()},
+                "replaced": replaced,
+            },
+        )
+        for title, wanted in titles.items()
+    ]
+
+
+def _sized(config: scdfm.Config, data: PerturbationData) -> scdfm.Config:
+    """The model with the sizes that the data decide; larger tables than that may be asked for."""
+    if config.perturbation == "vector" and data.vectors is None:
+        raise ValueError("model.perturbation='vector' needs external vectors; name them in spec.vectors.")
+    sizes = {"n_tokens": data.vocabulary.n_tokens}
+    if config.perturbation == "table":
+        sizes["n_perturbations"] = data.vocabulary.n_perturbations
+    if config.perturbation == "vector":
+        sizes["n_vector"] = data.vectors.shape[1]
+    for name, needed in sizes.items():
+        given = getattr(config, name)
+        if given is not None and (given < needed or (name == "n_vector" and given != needed)):
+            raise ValueError(f"model.{name} must be the data's {needed}, or None, which takes it; got {given}.")
+    return replace(config, **{name: n for name, n in sizes.items() if getattr(config, name) is None})
+
+
+def _validation(
+    experiment: PerturbationExperiment, data: PerturbationData, config: scdfm.Config, constants: scdfm.Constants
+) -> Validate | None:
+    """The loss without dropout on the same cells, genes and noise each time."""
+    if experiment.validate_every is None:
+        return None
+    batch_at = make_paired_batches(
+        data, experiment.sampling, experiment.seed, config.perturbation, data.split.validation
+    )
+    batches = jax.tree.map(lambda *leaves: np.stack(leaves), *map(batch_at, range(_N_VALIDATION)))
+    keys = jax.random.split(jax.random.key(experiment.seed), _N_VALIDATION)
+    model = scdfm.build(replace(config, dropout=0.0, condition_dropout=0.0), constants)
+
+    @jax.jit
+    def scores(params: Any, batches: Any, keys: Any) -> dict[str, Any]:
+        def one(pair: Any) -> dict[str, Any]:
+            loss, terms = model.loss(params, *pair)
+            return {"loss": loss, **terms}
+
+        return jax.tree.map(jnp.mean, jax.lax.map(one, (batches, keys)))
+
+    def validate(params: Any) -> dict[str, Any]:
+        found = scores(params, batches, keys)
+        return {"loss": found.pop("loss"), **found}  # the first is what is minimised; jit sorts the names
+
+    return validate
+
+
+def _labels(adata: AnnData, spec: DataSpec) -> Iterator[bytes]:
+    for role in ("perturbation", "dose", "covariates"):
+        for name in as_columns(getattr(spec, role)):
+            column(role, name, adata.obs)
+            yield "\0".join(map(str, adata.obs[name])).encode()
+    for name, vector in sorted(spec.read_vectors(adata).items()):
+        yield name.encode() + np.asarray(vector, np.float64).tobytes()

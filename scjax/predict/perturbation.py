@@ -1,0 +1,403 @@
+"""A trained perturbation model at work: what control cells become under conditions, seen or not, without the truth."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Any, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+
+from scjax.check import at_least, finite, non_negative, one_of, suggestion
+from scjax.checkpoint import Checkpoint
+from scjax.config import from_dict
+from scjax.data.conditions import OnUnknown, known_names, resolve_unknown, trained_names
+from scjax.data.preprocess import Transform
+from scjax.data.source import open_source
+from scjax.data.spec import AnnData, DataSpec
+from scjax.data.splits import PerturbationSplit
+from scjax.data.vocabulary import Vocabulary
+from scjax.models import scdfm
+from scjax.predict.record import predicting_params, record
+from scjax.processes.flow import Solver
+from scjax.types import Params, Population
+
+__all__ = ["Generated", "GenerationConfig", "Sources", "TrainedPerturbation", "generate", "predict", "read_sources"]
+
+_CONTEXT = " | "  # joins the covariates' values in a context
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """How cells are generated, where nothing else is asked for.
+
+    Attributes:
+        n_cells: of each condition and context. 128 in the scDFM code.
+        solver: of the flow: "rk4_38" (the 3/8 rule of the scDFM code), "euler" (of its paper), "heun", "tsit5".
+        n_steps: of the solver: 19 in the code (20 points), 100 in the paper; "tsit5" chooses its own.
+        guidance: 1 is the condition itself; others need a model trained with condition_dropout.
+    """
+
+    n_cells: int = 128
+    solver: Solver = "rk4_38"
+    n_steps: int = 19
+    guidance: float = 1.0
+
+    def __post_init__(self):
+        at_least("n_cells", self.n_cells, 1)
+        one_of("solver", self.solver, get_args(Solver))
+        at_least("n_steps", self.n_steps, 1)
+        non_negative("guidance", self.guidance)
+
+
+class TrainedPerturbation(NamedTuple):
+    """A checkpoint of a perturbation run, ready for use.
+
+    Attributes:
+        params: those that predict: the best on validation data, the moving average, or the last.
+        config: of the model, the sizes that the data decide filled in.
+        constants: the gene graph, and external vectors where there are any.
+        spec, transform: from an AnnData to log-normalised expression of the kept genes.
+        vocabulary: ids of genes and perturbations.
+        split: what training saw.
+        n_slots: the most perturbations at once that the model knows.
+        generation: the run's own defaults.
+        about: the document stored with the checkpoint.
+        step: of training.
+    """
+
+    params: Params
+    config: scdfm.Config
+    constants: scdfm.Constants
+    spec: DataSpec
+    transform: Transform
+    vocabulary: Vocabulary
+    split: PerturbationSplit
+    n_slots: int
+    generation: GenerationConfig
+    about: dict[str, Any]
+    step: int
+
+    @classmethod
+    def from_checkpoint(cls, found: Checkpoint) -> "TrainedPerturbation":
+        about, settings, constants = found.about, found.about["experiment"], found.arrays["constants"]
+        return cls(
+            params=predicting_params(found.arrays["state"]),
+            config=from_dict(scdfm.Config, about["model"]),
+            constants=scdfm.Constants(**{name: jnp.asarray(value) for name, value in constants.items()}),
+            spec=from_dict(DataSpec, settings["spec"]),
+            transform=Transform.from_tree(found.arrays["transform"], about["transform"]),
+            vocabulary=from_dict(Vocabulary, about["vocabulary"]),
+            split=PerturbationSplit.from_dict(about["split"]),
+            n_slots=about["n_slots"],
+            generation=from_dict(GenerationConfig, settings["generation"]),
+            about=about,
+            step=found.step,
+        )
+
+    @property
+    def genes(self) -> tuple[str, ...]:
+        """The kept genes, in the order of `transform`."""
+        return self.transform.feature_names
+
+
+class Sources(NamedTuple):
+    """Control cells of one context, in the model's space, with their names."""
+
+    x: Float[np.ndarray, "cells genes"]
+    names: np.ndarray
+
+
+class Generated(NamedTuple):
+    """Cells of one population, and the place of the control cell that each started as."""
+
+    x: Float[np.ndarray, "n genes"]
+    start: Int[np.ndarray, " n"]
+
+
+def read_sources(
+    trained: TrainedPerturbation, adata: AnnData, contexts: Sequence[str] | None = None
+) -> dict[str, Sources]:
+    """The control cells of `adata` by context, transformed as in training; no other cell is looked at.
+
+    Raises:
+        ValueError: no control cells, a context without any, missing genes, bad values.
+    """
+    rows = trained.spec.read_controls(adata)
+    columns, control = trained.spec.perturbation, " or ".join(map(repr, trained.spec.control_names))
+    if not rows:
+        raise ValueError(
+            f"adata must hold control cells, for predictions start from them; none has {control} in obs[{columns!r}]."
+        )
+    for context in rows if contexts is None else contexts:
+        if context not in rows:
+            raise ValueError(
+                f"contexts must have control cells in adata; {context!r} has none."
+                f"{suggestion(context, rows)} There are: {', '.join(map(repr, rows))}."
+            )
+    found = {}
+    for context in rows if contexts is None else contexts:
+        cells = adata[rows[context]]
+        trained.spec.check(cells, min_cells=0)
+        source = open_source(cells, trained.spec)
+        x = trained.transform.apply(source.rows(np.arange(source.n_cells)), source.feature_names)
+        found[context] = Sources(x, cells.obs_names.to_numpy())
+    return found
+
+
+def generate(
+    trained: TrainedPerturbation,
+    sources: Mapping[str, Sources],
+    populations: Sequence[Population],
+    *,
+    generation: GenerationConfig | None = None,
+    genes: Sequence[str] | None = None,
+    seed: int = 0,
+    on_unknown: OnUnknown = "error",
+    vectors: Mapping[str, Any] | None = None,
+    chunk: int = 32,
+) -> tuple[dict[Population, Generated], dict[str, str]]:
+    """Cells of each population from the control cells of its context, and what stood for names that are not known.
+
+    What comes out for a population depends on the seed, its name and its controls, not on the others. One compiled
+    program of `chunk` cells serves them all.
+
+    Args:
+        generation: the run's own unless given.
+        genes: their names, any of the kept ones in any order; all of them unless given.
+        on_unknown: see `data.conditions.resolve_unknown`.
+        vectors: external vectors by name, besides those of training.
+        chunk: cells that are generated together: memory against speed; the noise of a cell depends on it.
+
+    Raises:
+        ValueError: an unknown perturbation or gene, more perturbations at once than in training, the control where it
+            was never a target.
+    """
+    at_least("seed", seed, 0)
+    at_least("chunk", chunk, 1)
+    generation = trained.generation if generation is None else generation
+    genes = trained.genes if genes is None else tuple(genes)
+    at_least("the number of genes", len(genes), 1)
+    tokens = trained.vocabulary.gene_tokens(genes)
+    place = {name: i for i, name in enumerate(trained.genes)}
+    for name in genes:
+        if name not in place:  # a token of a perturbed gene that the data did not measure
+            raise ValueError(f"genes must be among the {len(place)} that training kept; {name!r} was not measured.")
+    columns = np.array([place[name] for name in genes])
+
+    embedding, replaced = {}, {}
+    for population in populations:
+        embedding[population], stand_ins = _embedding(trained, population.perturbation, on_unknown, vectors or {})
+        replaced |= stand_ins
+    found = {}
+    for population in populations:
+        x, n = sources[population.context].x[:, columns], generation.n_cells
+        rng = np.random.default_rng([seed, _number(population)])
+        drawn = rng.permutation(len(x))[:n]  # each once; more than there are, again at random
+        drawn = np.concatenate([drawn, rng.choice(len(x), n - len(drawn))])
+        key = jax.random.fold_in(jax.random.key(seed), _number(population))
+        parts = []
+        for i, start in enumerate(range(0, n, chunk)):
+            part = drawn[start : start + chunk]
+            cells = _sample(
+                trained.params,
+                jnp.asarray(x[np.resize(part, chunk)]),  # the last chunk repeats its cells, and drops them
+                embedding[population],
+                jnp.asarray(tokens),
+                jax.random.fold_in(key, i),
+                trained.constants,
+                config=trained.config,
+                solver=generation.solver,
+                n_steps=generation.n_steps,
+                guidance=generation.guidance,
+            )
+            parts.append(np.asarray(cells)[: len(part)])
+        found[population] = Generated(np.concatenate(parts), drawn)
+    return found, replaced
+
+
+def predict(
+    trained: TrainedPerturbation,
+    adata: AnnData,
+    conditions: Iterable[str],
+    *,
+    contexts: Sequence[str] | None = None,
+    n_cells: int | None = None,
+    genes: Sequence[str] | None = None,
+    seed: int = 0,
+    on_unknown: OnUnknown = "error",
+    solver: Solver | None = None,
+    n_steps: int | None = None,
+    guidance: float | None = None,
+    chunk: int = 32,
+) -> AnnData:
+    """Cells of each condition in each context, generated from the control cells of `adata` in that context.
+
+    Args:
+        adata: with control cells; others are not looked at.
+        conditions: as the data of training write them: `B+A`, `ctrl+A` and `A` are understood; any combination of names
+            that training saw, in as many slots.
+        contexts: where; all that have control cells unless given.
+        n_cells: of each condition and context: n_cells, solver, n_steps and guidance are the run's own unless given.
+        genes: any of the kept genes, in any order; all of them unless given. The model sees these and no others.
+        seed: of noise and of the draw of controls. A condition's cells do not depend on which others are asked for.
+        on_unknown: "mean" and "nearest" let others stand for a perturbation that training never saw, and say so in
+            uns["scjax"]["replaced"]; "error" refuses.
+        chunk: cells that are generated together: memory against speed; the noise of a cell depends on it.
+
+    Returns:
+        One row a cell. X: log-normalised expression, not negative, float32[rows, genes]; obs: condition, context, the
+        columns of the covariates, the name of the control cell it started as, seed; uns["scjax"]: settings as JSON, run
+        and step of the checkpoint, solver, what was replaced, versions.
+
+    Raises:
+        ValueError: no control cells, an unknown condition, context or gene, bad values among the controls.
+    """
+    import anndata
+    import pandas as pd
+
+    given = {"n_cells": n_cells, "solver": solver, "n_steps": n_steps, "guidance": guidance}
+    generation = replace(trained.generation, **{name: value for name, value in given.items() if value is not None})
+    asked = _asked(trained, conditions)
+    sources = read_sources(trained, adata, contexts)
+    populations = [Population(names, context) for names in asked for context in sources]
+    genes = trained.genes if genes is None else tuple(genes)
+    cells, replaced = generate(
+        trained,
+        sources,
+        populations,
+        generation=generation,
+        genes=genes,
+        seed=seed,
+        on_unknown=on_unknown,
+        vectors=_vectors(trained.spec, adata),
+        chunk=chunk,
+    )
+    tables = []
+    for population, (x, drawn) in cells.items():
+        values = population.context.split(_CONTEXT)
+        tables.append(
+            pd.DataFrame(
+                {
+                    **dict(zip(trained.spec.covariates, values, strict=False)),
+                    "condition": population.condition,
+                    "context": population.context,
+                    "source_cell": sources[population.context].names[drawn],
+                    "seed": seed,
+                },
+                index=[f"{i}-{population}" for i in range(len(x))],
+            )
+        )
+    obs = pd.concat(tables)
+    for column in {*trained.spec.covariates, "condition", "context", "source_cell"}:
+        obs[column] = pd.Categorical(obs[column])  # as anndata would write it
+    predicted = anndata.AnnData(
+        X=np.concatenate([x for x, _ in cells.values()]), obs=obs, var=pd.DataFrame(index=list(genes))
+    )
+    predicted.uns["scjax"] = record(
+        trained,
+        space="log-normalised expression in X",
+        seed=seed,
+        replaced=json.dumps(replaced),
+        chunk=chunk,
+        **{f.name: getattr(generation, f.name) for f in fields(generation)},
+    )
+    return predicted
+
+
+@partial(jax.jit, static_argnames=("config", "solver", "n_steps", "guidance"))
+def _sample(params, source, embedding, genes, key, constants, *, config, solver, n_steps, guidance):
+    perturbation = jnp.broadcast_to(embedding[None], (len(source), len(embedding)))
+    return scdfm.sample(
+        params,
+        source,
+        perturbation,
+        genes,
+        key,
+        constants=constants,
+        config=config,
+        solver=solver,
+        n_steps=n_steps,
+        guidance=guidance,
+    )
+
+
+@partial(jax.jit, static_argnames="config")
+def _of_ids(params, ids, constants, *, config):
+    return scdfm.perturbation_embedding(params, ids, constants=constants, config=config)[0]
+
+
+@partial(jax.jit, static_argnames="config")
+def _of_vectors(params, vectors, *, config):
+    return scdfm.embed_vectors(params, vectors, config=config).mean(axis=0)
+
+
+def _asked(trained: TrainedPerturbation, conditions: Iterable[str]) -> list[tuple[str, ...]]:
+    """In canonical form, each once."""
+    if isinstance(conditions, str):
+        raise ValueError(
+            f"conditions must be a list of names; got the one text {conditions!r}. Write [{conditions!r}]."
+        )
+    spelled: dict[tuple[str, ...], str] = {}
+    for name in conditions:
+        if not isinstance(name, str):
+            raise ValueError(f"conditions must be names such as 'A+B'; got {name!r}.")
+        names = trained.spec.parse_condition(name)
+        if names in spelled:
+            raise ValueError(f"conditions must differ; {name!r} and {spelled[names]!r} are the same.")
+        spelled[names] = name
+    if not spelled:
+        raise ValueError("conditions must name at least one condition; got none.")
+    return list(spelled)
+
+
+def _embedding(
+    trained: TrainedPerturbation, names: tuple[str, ...], on_unknown: OnUnknown, vectors: Mapping[str, Any]
+) -> tuple[Any, dict[str, str]]:
+    """float[d] of a perturbation, and what stood for which of its names."""
+    kind, vocabulary = trained.config.perturbation, trained.vocabulary
+    if not names and not trained.about["experiment"]["sampling"]["include_control"]:
+        raise ValueError(
+            "conditions: the control is no perturbation, and this run never saw it as a target "
+            "(sampling.include_control=False). Leave it out."
+        )
+    known_vectors = {}
+    if kind == "vector":
+        stored = dict(zip(vocabulary.perturbations, np.asarray(trained.constants.vectors), strict=True))
+        known_vectors = {**vectors, **stored}
+    resolved = resolve_unknown(
+        names,
+        known_names(trained.split.train, kind, genes=trained.genes, vectors=known_vectors),
+        on_unknown,
+        known_vectors or vectors,
+        trained=trained_names(trained.split.train),
+    )
+    slots = resolved.names(trained.n_slots)
+    if kind == "vector":
+        width = trained.config.n_vector
+        for name in slots:
+            if np.shape(known_vectors[name]) != (width,):
+                raise ValueError(
+                    f"the vector of {name!r} must have the {width} features of training; "
+                    f"got the shape {np.shape(known_vectors[name])}."
+                )
+        table = np.stack([known_vectors[name] for name in slots]).astype(np.float32)
+        finite("the external vectors", table)
+        return _of_vectors(trained.params, jnp.asarray(table), config=trained.config), resolved.replaced
+    ids = vocabulary.encode([slots], kind, len(slots))
+    return _of_ids(trained.params, jnp.asarray(ids), trained.constants, config=trained.config), resolved.replaced
+
+
+def _vectors(spec: DataSpec, adata: AnnData) -> dict[str, Any]:
+    """Those of `adata`, where it brings any: a prediction needs them for new names only."""
+    return spec.read_vectors(adata) if spec.vectors is not None and spec.vectors in adata.uns else {}
+
+
+def _number(population: Population) -> int:
+    """The same for a name wherever and whenever it is asked for."""
+    name = json.dumps([population.perturbation, population.context])
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest()) >> 1
