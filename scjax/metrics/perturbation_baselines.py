@@ -19,7 +19,18 @@ from scjax import check
 from scjax.metrics.baselines import Baseline
 from scjax.types import Population
 
-__all__ = ["Delta", "FittedBaselines", "fit_baselines", "perturbation_baselines"]
+__all__ = ["RULES", "Delta", "FittedBaselines", "fit_baselines", "perturbation_baselines"]
+
+RULES = {
+    "control": "no change: the context's control cells",
+    "mean of perturbations": "mean delta of the training perturbations",
+    "additive": "sum of the deltas of the parts alone, in the same context if they are there",
+    "shift": "the perturbation's mean delta in the other contexts",
+    "nearest": "mean delta of the training perturbations nearest to it: by the cosine of their vectors if given, "
+    "else by the parts that they share (shared / all)",
+    "ridge": "ridge regression of the delta on the vectors of the parts, or on indicators of them; strength by "
+    "leave-one-perturbation-out",
+}
 
 STRENGTHS = tuple(
     10.0**k for k in range(-3, 4)
@@ -176,6 +187,8 @@ def fit_baselines(training: Mapping[Population, Any], *, vectors: Mapping[str, A
         if x.ndim != 2 or not len(x):
             raise ValueError(f"training[{population}] must be [cells, genes] with a cell at least; got {x.shape}.")
         check.finite(f"training[{population}]", x)
+        if population.is_control:
+            check.at_least(f"the number of cells of training[{population}]", len(x), 2)
     if len({x.shape[1] for x in cells.values()}) > 1:
         shapes = {str(p): x.shape for p, x in cells.items()}
         raise ValueError(f"the training populations must have equal numbers of genes; got {shapes}.")

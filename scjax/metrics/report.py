@@ -14,9 +14,53 @@ from scjax import __version__, check
 from scjax.metrics.baselines import Baseline, replicate_floor
 from scjax.metrics.population import POPULATION_METRICS, Cells, Comparison, Metric, compare_populations
 
-__all__ = ["ResultTable", "Row", "environment", "normalised_score", "render", "result_table", "to_json_dict", "verdict"]
+__all__ = [
+    "ResultTable",
+    "Row",
+    "Table",
+    "aligned",
+    "decimals_of",
+    "environment",
+    "finite_or_none",
+    "normalised_score",
+    "number",
+    "render",
+    "result_table",
+    "to_json_dict",
+    "verdict",
+]
 
 KINDS = ("model", "baseline", "floor")
+
+
+class Table:
+    """What every table can be asked: a row or a metric by its name, the rows of a kind. Row names are different."""
+
+    rows: tuple[Any, ...]
+    metrics: tuple[Any, ...]
+
+    def __post_init__(self):
+        names = [row.name for row in self.rows]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"the rows of a table must have different names; {name!r} comes twice.")
+
+    def row(self, name: str) -> Any:
+        return self._named("row", name, self.rows)
+
+    def metric(self, name: str) -> Any:
+        return self._named("metric", name, self.metrics)
+
+    def of_kind(self, kind: str) -> tuple[Any, ...]:
+        check.one_of("kind", kind, KINDS)
+        return tuple(row for row in self.rows if row.kind == kind)
+
+    def _named(self, what: str, name: str, among: Sequence[Any]) -> Any:
+        for one in among:
+            if one.name == name:
+                return one
+        names = [one.name for one in among]
+        raise ValueError(f"no {what} is called {name!r}.{check.suggestion(name, names)} There are: {', '.join(names)}.")
 
 
 @dataclass(frozen=True)
@@ -64,7 +108,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class ResultTable:
+class ResultTable(Table):
     """Rows are predictors, columns are metrics; all but the floor at the same cell numbers.
 
     Attributes:
@@ -81,30 +125,6 @@ class ResultTable:
     seed: int
     unit: str = "unit of the latent space"
     provenance: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
-
-    def __post_init__(self):
-        names = [row.name for row in self.rows]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"the rows of a table must have different names; {name!r} comes twice.")
-
-    def row(self, name: str) -> Row:
-        for row in self.rows:
-            if row.name == name:
-                return row
-        names = [row.name for row in self.rows]
-        raise ValueError(f"no row is called {name!r}.{check.suggestion(name, names)} There are: {', '.join(names)}.")
-
-    def metric(self, name: str) -> Metric:
-        for metric in self.metrics:
-            if metric.name == name:
-                return metric
-        names = [metric.name for metric in self.metrics]
-        raise ValueError(f"no metric is called {name!r}.{check.suggestion(name, names)} There are: {', '.join(names)}.")
-
-    def of_kind(self, kind: str) -> tuple[Row, ...]:
-        check.one_of("kind", kind, KINDS)
-        return tuple(row for row in self.rows if row.kind == kind)
 
 
 def result_table(
@@ -189,16 +209,16 @@ def verdict(table: ResultTable, model_row: str, metric: str, baseline_rows: Sequ
         return (
             f"{metric}: {model_row} FAILED ({row.n_failed(metric)} values could not be computed, "
             f"{row.n_nonfinite} predicted cells are not finite); the best training-free baseline, {best}, has "
-            f"{_number(theirs)}."
+            f"{number(theirs)}."
         )
     wins = ours < theirs if lower else ours > theirs
     ratio = f", ratio {ours / theirs:.3f}" if theirs > 0 else ""
     seeds = row.sd_seeds(metric)
     spread, over = (row.sd_draws(metric), "draws") if seeds is None else (seeds, "seeds")
-    unclear = f"; the difference is smaller than the spread over {over}, {_number(spread)}"
+    unclear = f"; the difference is smaller than the spread over {over}, {number(spread)}"
     return (
         f"{metric}: {model_row} {'BEATS' if wins else 'DOES NOT BEAT'} the best training-free baseline, {best}: "
-        f"{_number(ours)} against {_number(theirs)}{ratio}{unclear if abs(ours - theirs) < spread else ''}."
+        f"{number(ours)} against {number(theirs)}{ratio}{unclear if abs(ours - theirs) < spread else ''}."
     )
 
 
@@ -210,16 +230,7 @@ def render(table: ResultTable) -> str:
     floors = table.of_kind("floor")
     body = [[row.name, *(_cell(row, m.name) for m in table.metrics)] for row in table.rows if row not in floors]
     last = [[row.name, *(_cell(row, m.name) for m in table.metrics)] for row in floors]
-    widths = [max(len(line[i]) for line in [head, *body, *last]) for i in range(len(head))]
-    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
-
-    def aligned(line: list[str]) -> str:
-        return "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
-
-    lines = [table.title, rule, aligned(head).rstrip(), rule, *map(aligned, body)]
-    if last:
-        lines += [rule, *map(aligned, last)]
-    lines.append(rule)
+    lines = [table.title, *aligned(head, body, last)]
     whole = any(c.n_draws < table.n_draws for row in table.rows for c in row.comparisons)
     drawn = f"{table.n_cells} cells of each population, mean of {table.n_draws} draws"
     drawn += " (of one, where both populations are used whole); " if whole else "; "
@@ -260,11 +271,11 @@ def to_json_dict(table: ResultTable) -> dict[str, Any]:
                 "n_nonfinite_cells": row.n_nonfinite,
                 "scores": {
                     m.name: {
-                        "mean": _finite(row.mean(m.name)),
-                        "sd_draws": _finite(row.sd_draws(m.name)),
-                        "sd_seeds": _finite(row.sd_seeds(m.name)),
+                        "mean": finite_or_none(row.mean(m.name)),
+                        "sd_draws": finite_or_none(row.sd_draws(m.name)),
+                        "sd_seeds": finite_or_none(row.sd_seeds(m.name)),
                         "n_failed": row.n_failed(m.name),
-                        "values": [[_finite(v) for v in c.scores[m.name].values] for c in row.comparisons],
+                        "values": [[finite_or_none(v) for v in c.scores[m.name].values] for c in row.comparisons],
                     }
                     for m in table.metrics
                 },
@@ -287,6 +298,17 @@ def environment() -> dict[str, str]:
     }
 
 
+def aligned(head: Sequence[str], body: Sequence[Sequence[str]], last: Sequence[Sequence[str]] = ()) -> list[str]:
+    """Lines of a table with rules: the first column to the left, the others to the right; `last` stands apart."""
+    widths = [max(len(line[i]) for line in [head, *body, *last]) for i in range(len(head))]
+    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
+
+    def one(line: Sequence[str]) -> str:
+        return "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
+
+    return [rule, one(head).rstrip(), rule, *map(one, body), *([rule, *map(one, last)] if last else []), rule]
+
+
 def _cell(row: Row, metric: str) -> str:
     if not row.comparisons:
         return "-"
@@ -295,7 +317,7 @@ def _cell(row: Row, metric: str) -> str:
         return f"failed ({row.n_failed(metric)})"
     seeds = row.sd_seeds(metric)
     spread = row.sd_draws(metric) if seeds is None else seeds
-    decimals = _decimals(max(abs(mean), spread))
+    decimals = decimals_of(max(abs(mean), spread))
     if decimals is None:
         return f"{mean:.3e} ± {spread:.0e}"
     return f"{mean:.{decimals}f} ± {spread:.{decimals}f}"
@@ -310,12 +332,13 @@ def _notes(row: Row) -> str:
     return "; ".join(notes)
 
 
-def _number(value: float) -> str:
-    decimals = _decimals(value)
+def number(value: float) -> str:
+    """With four digits, or with an exponent."""
+    decimals = decimals_of(value)
     return f"{value:.3e}" if decimals is None else f"{value:.{decimals}f}"
 
 
-def _decimals(value: float) -> int | None:
+def decimals_of(value: float) -> int | None:
     """So many that four digits are seen (12.35, 0.3682); None where only an exponent shows the value."""
     if value == 0:
         return 4
@@ -324,5 +347,6 @@ def _decimals(value: float) -> int | None:
     return min(max(3 - math.floor(math.log10(abs(value))), 0), 4)
 
 
-def _finite(value: float | None) -> float | None:
+def finite_or_none(value: float | None) -> float | None:
+    """JSON has no word for NaN."""
     return value if value is not None and math.isfinite(value) else None
