@@ -68,13 +68,14 @@ def delta_scatter(
         pred = _change(f"predicted[{condition}]", predicted[condition], gene_names)
         lines = [(f"{predicted_name}  r = {_correlation(pred, real)}", PREDICTED)]
         sides = [real, pred]
+        size = 14 if real.size <= 300 else 8
         if condition in behind:
             base = _change(f"baseline[{condition}]", behind[condition], gene_names)
-            grey = {"facecolors": "none", "edgecolors": "0.65", "linewidths": 0.8}
-            ax.scatter(real, base, s=22, label=baseline_name, zorder=2, **grey)
+            grey = {"facecolors": "none", "edgecolors": "0.65", "linewidths": 0.8, "s": 1.5 * size}
+            ax.scatter(real, base, label=baseline_name, zorder=2, **grey)
             lines.append((f"{baseline_name}  r = {_correlation(base, real)}", "0.45"))
             sides.append(base)
-        ax.scatter(real, pred, s=14, color=PREDICTED, alpha=0.75, linewidths=0, label=predicted_name, zorder=3)
+        ax.scatter(real, pred, s=size, color=PREDICTED, alpha=0.75, linewidths=0, label=predicted_name, zorder=3)
         low, high = _limits(np.concatenate(sides))
         ax.plot([low, high], [low, high], color="black", linewidth=0.7, linestyle=(0, (4, 3)), zorder=1)
         ax.axhline(0, color="0.88", linewidth=0.7, zorder=0)
@@ -97,7 +98,8 @@ def delta_scatter(
             ax.set_ylabel(f"predicted change ({unit})", size=9)
         ax.tick_params(labelsize=8)
         top = np.argsort(-np.abs(real), kind="stable")[:n_named]
-        named.append((ax, [(str(gene_names[g]), (real[g], pred[g])) for g in top], np.stack([real, pred], axis=1)))
+        dots = np.concatenate([np.stack([real, side], axis=1) for side in sides[1:]])
+        named.append((ax, [(str(gene_names[g]), (real[g], pred[g])) for g in top], dots))
     for figure in {id(ax.figure): ax.figure for ax in axes}.values():
         figure.draw_without_rendering()  # the layout decides where the points lie
     for ax, labels, points in named:
@@ -304,14 +306,15 @@ def _write_names(ax: Any, labels: Sequence[tuple[str, tuple[float, float]]], poi
             zorder=5,
             arrowprops={"arrowstyle": "-", "color": "0.45", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2},
         )
+        text.set_in_layout(False)  # the names are put into the layout, not the layout round the names
         box = Text.get_window_extent(text, renderer)  # without the line that leads to it
-        half = np.array([box.width, box.height]) / 2
+        half = 0.52 * np.array([box.width, box.height])  # a name is not quite as wide at every resolution
         best = None
         for step in STEPS:
             for direction in AROUND:
                 # to the rim of the name, so that a long name stands as near as a short one
                 offset = np.array(direction) * (step * per_point * 0.6 + np.array([half[0], half[1]]))
-                low, high = centre + offset - half - 1, centre + offset + half + 1
+                low, high = centre + offset - half - 2, centre + offset + half + 2
                 outside = low[0] < frame.x0 or low[1] < frame.y0 or high[0] > frame.x1 or high[1] > frame.y1
                 if outside or any(_overlap(low, high, other) for other in taken):
                     continue
