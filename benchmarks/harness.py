@@ -23,10 +23,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["Job", "append", "compare", "environment", "report", "serve"]
+__all__ = ["Job", "Memory", "append", "compare", "environment", "peak_bytes", "report", "serve"]
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
+KEEP_MEMORY = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1000000000000"
 PACKAGES = ("scjax", "jax", "jaxlib", "flax", "optax", "diffrax", "ott-jax", "torch", "numpy")
 
 
@@ -48,6 +49,20 @@ class Job(NamedTuple):
     temp_bytes: int | None = None
 
 
+class Memory(NamedTuple):
+    """A compiled program whose memory is asked for.
+
+    Attributes:
+        analysis: the compiler's `memory_analysis()`.
+        run: makes the inputs and runs it once.
+        settings: what a reader needs to repeat it, JSON-ready.
+    """
+
+    analysis: Any
+    run: Callable[[], Any]
+    settings: Mapping[str, Any] = {}
+
+
 def serve(build: Callable[[], Job], n_threads: int) -> None:
     """The life of a worker: build, one unmeasured call, then a measured call for each line `run` until `stop`."""
     # The protocol keeps the pipe to itself; whatever libraries print goes to stderr.
@@ -61,7 +76,7 @@ def serve(build: Callable[[], Job], n_threads: int) -> None:
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:n_threads])
     job = build()
-    built_bytes = _peak_bytes()
+    built_bytes = peak_bytes()
     first_call_s = _timed(job.call)[0]
     say(
         n_per_call=job.n_per_call,
@@ -78,7 +93,7 @@ def serve(build: Callable[[], Job], n_threads: int) -> None:
         wall_s, cpu_s = _timed(job.call)
         others = max(0.0, _busy_seconds() - busy - cpu_s) / wall_s
         say(wall_s=wall_s / job.n_per_call, cpu_s=cpu_s / job.n_per_call, other_cores=others)
-    say(peak_rss_bytes=_peak_bytes())
+    say(peak_rss_bytes=peak_bytes())
 
 
 def compare(
@@ -87,6 +102,7 @@ def compare(
     n_rounds: int,
     n_threads: int,
     patience_s: float = 0,
+    keep_memory: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Times of every side over `n_rounds` rounds; each round runs every side once, in alternating order.
@@ -97,6 +113,8 @@ def compare(
         n_rounds: measured calls a side.
         n_threads: cores that a side has while it runs.
         patience_s: before each call, wait so long at most for other processes to leave the cores alone.
+        keep_memory: glibc keeps what is freed. By default it gives large blocks back at once, and a program that frees
+            and takes gigabytes at every step spends most of its time on having the kernel zero pages.
         progress: print a line a round.
 
     Returns:
@@ -108,8 +126,8 @@ def compare(
     """
     workers = {}
     try:
-        for side, command in commands.items():
-            workers[side] = _Worker(side, command, n_threads)  # one at a time: compilation has the cores to itself
+        for side, command in commands.items():  # one at a time: compilation has the cores to itself
+            workers[side] = _Worker(side, command, n_threads, keep_memory)
         seconds: dict[str, list[dict[str, float]]] = {side: [] for side in workers}
         for n in range(n_rounds):
             order = list(workers) if n % 2 == 0 else list(reversed(workers))
@@ -189,15 +207,16 @@ def report(title: str, result: Mapping[str, Any]) -> str:
 
 
 class _Worker:
-    def __init__(self, side: str, command: Sequence[str], n_threads: int) -> None:
+    def __init__(self, side: str, command: Sequence[str], n_threads: int, keep_memory: bool) -> None:
         self.side = side
         threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(n_threads))
         # A compile cache would turn the compile time into a reading time, and what is timed is this checkout, whose
         # commit the record names, not an installed copy.
         kept = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
         kept["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [kept.get("PYTHONPATH")])])
+        allocator = {"GLIBC_TUNABLES": KEEP_MEMORY} if keep_memory else {}
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=kept | threads
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=kept | threads | allocator
         )
         try:
             self.started = self._answer()
@@ -263,7 +282,7 @@ def _wait_for_quiet(patience_s: float) -> None:
             return
 
 
-def _peak_bytes() -> int:
+def peak_bytes() -> int:
     status = Path("/proc/self/status")
     if status.exists():  # getrusage would count the parent's memory too, which a fork inherits
         peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))

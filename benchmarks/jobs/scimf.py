@@ -15,6 +15,7 @@ from harness import Job
 TS = tuple(float(t) for t in range(8))
 N_CELLS, N_DIMS, N_START, N_SAMPLED = 512, 50, 2000, 2000
 STEPS_PER_CALL = 4  # of the scanned training loop
+SAMPLING_UNIT = "a whole run"
 SHAPES = {"n_cells": N_CELLS, "n_dims": N_DIMS, "n_times": len(TS), "n_solver_steps": 70}
 
 
