@@ -30,7 +30,7 @@ from scjax.check import at_least, non_negative, one_of, positive, probability
 from scjax.kernels import median_bandwidths
 from scjax.losses import mmd2
 from scjax.nn.adaln import modulate
-from scjax.nn.attention import attend, merge_heads, split_heads
+from scjax.nn.attention import attend, attend_to_all, differential_attend, merge_heads, split_heads
 from scjax.nn.dropout import drop
 from scjax.nn.time import sinusoids
 from scjax.processes.flow import Solver, endpoint, guided, integrate, poisson_start, straight_path
@@ -45,6 +45,7 @@ __all__ = [
     "gene_tokens",
     "init",
     "loss",
+    "loss_at",
     "perturbation_embedding",
     "predict_perturbation",
     "rank_pairs",
@@ -227,6 +228,8 @@ class MultiHeadAttention(nn.Module):
 
     def __call__(self, x: Float[Array, "n d"], k: Array, v: Array, key: PRNGKeyArray | None) -> Float[Array, "n d"]:
         q = self.heads("query", x)
+        if key is None:
+            return self.output(merge_heads(attend_to_all(q, k, v)))
         return self.output(merge_heads(attend(q, k, v, dropout_rate=self.config.dropout, key=key)))
 
 
@@ -269,6 +272,31 @@ class GraphAttention(nn.Module):
         return self.output(mixed.reshape(len(tokens), -1))
 
 
+class GraphLayer(nn.Module):
+    """Tokens, mixed with their neighbours' in the gene graph; then a feed-forward layer."""
+
+    config: Config
+
+    def setup(self):
+        c = self.config
+        self.norm_attention, self.norm_feedforward = _norm(c), _norm(c)
+        self.attention = GraphAttention(c)
+        self.hidden, self.output = _dense(c, 4 * c.d_model), _dense(c, c.d_model)
+
+    def __call__(
+        self,
+        tokens: Float[Array, "n d"],
+        memory: Float[Array, "tokens d"],
+        neighbours: Int[Array, "n neighbours"],
+        key: PRNGKeyArray | None,
+    ) -> Float[Array, "n d"]:
+        rate = self.config.dropout
+        keys = [None] * 4 if key is None else jax.random.split(key, 4)
+        a = tokens + drop(self.attention(self.norm_attention(tokens), memory, neighbours, keys[0]), rate, keys[1])
+        z = drop(_erf_gelu(self.hidden(self.norm_feedforward(a))), rate, keys[2])
+        return a + drop(self.output(z), rate, keys[3])
+
+
 class GeneEncoder(nn.Module):
     """Tokens of genes and perturbed genes: an embedding, mixed with those of its neighbours in the graph."""
 
@@ -277,20 +305,13 @@ class GeneEncoder(nn.Module):
     def setup(self):
         c = self.config
         self.embedding = self.param("embedding", nn.initializers.normal(1.0), (c.n_tokens, c.d_model))
-        self.norm, self.norm_attention, self.norm_feedforward = _norm(c), _norm(c), _norm(c)
-        self.attention = GraphAttention(c)
-        self.hidden, self.output = _dense(c, 4 * c.d_model), _dense(c, c.d_model)
+        self.norm, self.layer = _norm(c), GraphLayer(c)
 
     def __call__(
         self, ids: Int[Array, " n"], neighbours: Int[Array, "n neighbours"], n_memory: int, key: PRNGKeyArray | None
     ) -> Float[Array, "n d"]:
-        rate = self.config.dropout
-        keys = [None] * 4 if key is None else jax.random.split(key, 4)
         memory = self.norm(self.embedding[:n_memory])
-        q = memory[ids]
-        a = q + drop(self.attention(self.norm_attention(q), memory, neighbours, keys[0]), rate, keys[1])
-        z = drop(_erf_gelu(self.hidden(self.norm_feedforward(a))), rate, keys[2])
-        return a + drop(self.output(z), rate, keys[3])
+        return self.layer(memory[ids], memory, neighbours, key)
 
 
 class PerturbationTable(nn.Module):
@@ -353,7 +374,7 @@ class DifferentialAttention(nn.Module):
         v = split(self.value(y))
         initial = 0.8 - 0.6 * math.exp(-0.3 * self.layer)
         strength = jnp.exp(self.lambda_q1 @ self.lambda_k1) - jnp.exp(self.lambda_q2 @ self.lambda_k2) + initial
-        received = attend(q1, k1, v) - strength.astype(v.dtype) * attend(q2, k2, v)
+        received = differential_attend(q1, k1, q2, k2, v, strength)
         wide = received.astype(jnp.promote_types(received.dtype, jnp.float32))
         wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + 1e-5) * self.head_scale[None, None]
         return self.output(merge_heads((wide * (1 - initial)).astype(received.dtype)))
@@ -441,7 +462,11 @@ class Layer(nn.Module):
     def of_genes(self, g: Float[Array, "genes d"]) -> Float[Array, "genes d3"]:
         return self.gene_modulation(nn.silu(g))
 
-    def of_perturbation(self, p: Float[Array, " d"]) -> Float[Array, " d"]:
+    def modulated(self, x: Float[Array, "genes d"], of_genes: Float[Array, "genes d3"]) -> Float[Array, "genes d"]:
+        shift, gate, scale = jnp.split(of_genes, 3, axis=-1)
+        return x + gate * (self.gene_norm(x) * scale + shift)  # as published: no 1 + scale, and in this order
+
+    def of_perturbation(self, p: Float[Array, "*cells d"]) -> Float[Array, "*cells d"]:
         return self.adapter.of_second(p)
 
     def of_control(self, v2: Float[Array, "genes d"]) -> tuple[Array, Array]:
@@ -451,8 +476,7 @@ class Layer(nn.Module):
         self, x: Float[Array, "genes d"], hoisted: Hoisted, c: Float[Array, " d"], key: PRNGKeyArray | None
     ) -> Float[Array, "genes d"]:
         key_adapter, key_block = (None, None) if key is None else jax.random.split(key)
-        shift, gate, scale = jnp.split(hoisted.of_genes, 3, axis=-1)
-        x = x + gate * (self.gene_norm(x) * scale + shift)  # as published: no 1 + scale, and in this order
+        x = self.modulated(x, hoisted.of_genes)
         x = _leaky(self.adapter(x, hoisted.of_perturbation[None]))
         x = _leaky(self.adapter_output(drop(x, self.config.dropout, key_adapter)))
         if self.config.fusion == "perceiver":
@@ -496,7 +520,7 @@ class VelocityHead(nn.Module):
         self.joined = Joined(self.config)
         self.hidden, self.output = _dense(self.config, self.config.d_model), _dense(self.config, 1)
 
-    def of_perturbation(self, p: Float[Array, " d"]) -> Float[Array, " d"]:
+    def of_perturbation(self, p: Float[Array, "*cells d"]) -> Float[Array, "*cells d"]:
         return self.joined.of_second(p)
 
     def __call__(self, x: Float[Array, "genes d"], of_perturbation: Float[Array, " d"]) -> Float[Array, " genes"]:
@@ -667,23 +691,39 @@ def loss(
     Raises:
         ValueError: fewer than two cells of a population with gamma above 0; shapes that do not fit.
     """
-    n_populations, n_cells, n_genes = batch.target.shape
-    x1, source = (x.reshape(-1, n_genes) for x in (batch.target, batch.source))
+    key_start, key_t, key_net = jax.random.split(key, 3)
     if config.objective == "perturbation":
-        return _perturbation_loss(params, x1, source, batch, key, constants, config)
-    key_start, key_t, key_tokens, key_cells, key_hide = jax.random.split(key, 5)
-    x0 = _start(key_start, source, config)
-    t = jax.random.uniform(key_t, x1.shape[:1], x1.dtype)
+        return _perturbation_loss(params, batch, key_net, constants, config)
+    x0 = _start(key_start, batch.source, config)
+    t = jax.random.uniform(key_t, batch.target.shape[:2], batch.target.dtype)
+    return loss_at(params, batch, x0, t, key_net, constants=constants, config=config)
+
+
+def loss_at(
+    params: Params,
+    batch: PairedBatch,
+    x0: Float[Array, "populations cells genes"],
+    t: Float[Array, "populations cells"],
+    key: PRNGKeyArray | None = None,
+    *,
+    constants: Constants,
+    config: Config,
+) -> tuple[Scalar, Metrics]:
+    """`loss` of a velocity at these starts and times; without a key nothing is dropped and no perturbation hidden."""
+    n_populations, n_cells, n_genes = batch.target.shape
+    x0, x1, source = (jnp.reshape(x, (-1, n_genes)) for x in (x0, batch.target, batch.source))
+    t = t.ravel()
     x_t, u_t = straight_path(x0, x1, t)
+    key_hide, key_drop = (None, None) if key is None else jax.random.split(key)
+    key_tokens, key_cells = (None, None) if key is None or config.dropout == 0 else jax.random.split(key_drop)
 
     _check_shapes(x_t, t, source, batch.perturbation, batch.genes, constants, config)
-    g, p = _tokens(params, batch.genes, batch.perturbation, constants, _unless_off(key_tokens, config), config)
+    g, p = _tokens(params, batch.genes, batch.perturbation, constants, key_tokens, config)
     told = jnp.ones(n_populations, x1.dtype)
-    if config.condition_dropout > 0:
+    if key is not None and config.condition_dropout > 0:
         told = jax.random.bernoulli(key_hide, 1 - config.condition_dropout, (n_populations,)).astype(x1.dtype)
         p = jnp.where(told[:, None] > 0, p, params["mask"][None])
-    p = jnp.repeat(p, n_cells, axis=0)
-    v_t = _velocity(params, x_t, t, source, p, g, _unless_off(key_cells, config), config)
+    v_t = _velocity(params, x_t, t, source, jnp.repeat(p, n_cells, axis=0), g, key_cells, config)
 
     terms = {"flow": jnp.mean((v_t - u_t) ** 2)}
     if config.gamma == 0:
@@ -759,12 +799,14 @@ def predict_perturbation(
     genes: Int[Array, " genes"],
     *,
     perturbation: Int[Array, "cells slots"] | Float[Array, "cells d"] | None = None,
+    t: Float[Array, " cells"] | None = None,
     constants: Constants,
     config: Config,
 ) -> Float[Array, "cells d"]:
     """The embedding of the perturbation that the head reads off each perturbed cell, beside a control cell.
 
-    `perturbation` is the answer; only the reference's leaking variant wants it.
+    `perturbation` is the answer; only the reference's leaking variant wants it. `t` is the flow time of `target`, 1
+    unless given: they are cells, not states on the way.
 
     Raises:
         ValueError: parameters without the head, an answer for head_input="masked", none for "leaking".
@@ -779,7 +821,8 @@ def predict_perturbation(
         p = jnp.broadcast_to(params["mask"][None], (len(target), config.d_model))
     else:
         g, p = _tokens(params, genes, perturbation, constants, None, config)
-    return _guess(params, target, source, p, g, None, config)
+    t = jnp.ones(len(target), target.dtype) if t is None else t
+    return _guess(params, target, t, source, p, g, None, config)
 
 
 def rank_singles(
@@ -939,22 +982,25 @@ def _velocity(params, x_t, t, source, p, g, key, config) -> Array:
     return _field(params, _prepare(params, source, p, g, key_control, config), x_t, t, key_state, config)
 
 
-def _guess(params, target, source, p, g, key, config) -> Array:
+def _guess(params, target, t, source, p, g, key, config) -> Array:
     key_control, key_state = (None, None) if key is None else jax.random.split(key)
     prepared = _prepare(params, source, p, g, key_control, config)
-    x = _stream(params, prepared, target, jnp.ones(len(target), target.dtype), key_state, config)
+    x = _stream(params, prepared, target, t, key_state, config)
     return _each_cell(params, "perturbation_head", config, x)
 
 
-def _perturbation_loss(params, target, source, batch, key, constants, config):
+def _perturbation_loss(params, batch, key, constants, config):
     trained = ("perturbation_head", "mask")
     params = {name: p if name in trained else jax.lax.stop_gradient(p) for name, p in params.items()}
+    n_cells, n_genes = batch.target.shape[1:]
+    target, source = batch.target.reshape(-1, n_genes), batch.source.reshape(-1, n_genes)
     key_tokens, key_cells = (None, None) if config.dropout == 0 else jax.random.split(key)
     _check_shapes(target, target[:, 0], source, batch.perturbation, batch.genes, constants, config)
     g, p = _tokens(params, batch.genes, batch.perturbation, constants, key_tokens, config)
-    answer = jax.lax.stop_gradient(jnp.repeat(p, batch.target.shape[1], axis=0))
+    answer = jax.lax.stop_gradient(jnp.repeat(p, n_cells, axis=0))
     told = answer if config.head_input == "leaking" else jnp.broadcast_to(params["mask"][None], answer.shape)
-    cosine = jnp.mean(_cosine(_guess(params, target, source, told, g, key_cells, config), answer))
+    t = jnp.ones(len(target), target.dtype)
+    cosine = jnp.mean(_cosine(_guess(params, target, t, source, told, g, key_cells, config), answer))
     return 1 - cosine, {"cosine": cosine}
 
 
@@ -964,10 +1010,6 @@ def _start(key, source, config) -> Array:
     if config.start == "poisson":
         return poisson_start(key, source, target_sum=config.poisson_target_sum, alpha=config.poisson_alpha)
     return jax.random.normal(key, source.shape, source.dtype)
-
-
-def _unless_off(key, config):
-    return key if config.dropout > 0 else None
 
 
 def _cosine(a: Array, b: Array) -> Array:

@@ -11,7 +11,7 @@ from scjax.check import at_least, non_negative, one_of, positive, probability
 
 __all__ = ["OptimizerConfig", "clip_by_norm", "learning_rate", "make_optimizer"]
 
-_OF_SCHEDULE = {"decay_every": "step", "decay_factor": "step", "final_fraction": "cosine"}
+_OF_SCHEDULE = {"decay_every": "step", "decay_factor": "step", "final_fraction": "cosine", "cosine_updates": "cosine"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,7 @@ class OptimizerConfig:
     An update is one change of the parameters: a step of training where `accumulate` is 1, and `accumulate` steps
     otherwise. Warm-up and schedule count updates. The schedules, from the peak at the end of the warm-up on:
     "constant"; "step", times `decay_factor` after every `decay_every` updates; "cosine", half a cosine down to
-    `final_fraction` of the peak at the last update. A field of a schedule that is not chosen must be left alone.
+    `final_fraction` of the peak at the last update, or after `cosine_updates`. A field of a schedule that is not chosen must be left alone.
     """
 
     learning_rate: float = 1e-3  # at the peak
@@ -29,6 +29,9 @@ class OptimizerConfig:
     decay_every: int = 100  # of "step", updates
     decay_factor: float = 0.9  # of "step"
     final_fraction: float = 0.0  # of "cosine", of the peak
+    cosine_updates: int | None = None
+    """Of "cosine": updates from the peak to the bottom; after them the rate climbs again, as PyTorch's
+    CosineAnnealingLR does. None: the bottom is at the last update."""
     n_warmup: int = 0  # updates on which the rate climbs in a line from 0; the schedule begins after them
     b1: float = 0.9  # Adam: decay of the mean of gradients
     b2: float = 0.999  # Adam: decay of the mean of their squares
@@ -43,6 +46,8 @@ class OptimizerConfig:
         at_least("decay_every", self.decay_every, 1)
         positive("decay_factor", self.decay_factor)
         non_negative("final_fraction", self.final_fraction)
+        if self.cosine_updates is not None:
+            at_least("cosine_updates", self.cosine_updates, 1)
         for f in fields(self):
             owner = _OF_SCHEDULE.get(f.name, self.schedule)
             if owner != self.schedule and getattr(self, f.name) != f.default:
@@ -102,6 +107,9 @@ def _after_warmup(config: OptimizerConfig, n_updates: int) -> optax.Schedule:
     peak = config.learning_rate
     if config.schedule == "step":
         return optax.exponential_decay(peak, config.decay_every, config.decay_factor, staircase=True)
+    if config.schedule == "cosine" and config.cosine_updates is not None:
+        low, half = peak * config.final_fraction, config.cosine_updates
+        return lambda update: low + (peak - low) * (1 + jnp.cos(jnp.pi * update / half)) / 2
     if config.schedule == "cosine":
         return optax.cosine_decay_schedule(peak, max(n_updates - 1, 1), alpha=config.final_fraction)
     return optax.constant_schedule(peak)
