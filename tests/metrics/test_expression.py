@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from scjax.metrics import expression
+from scjax.metrics import expression, population
 from scjax.metrics.expression import (
     DIRECTIONS,
+    ENERGY_DISTANCE,
     EXPRESSION_METRICS,
     Control,
     average_precision,
@@ -24,7 +25,6 @@ from scjax.metrics.expression import (
     spearman,
     top_genes,
 )
-from scjax.metrics.population import energy_distance
 from scjax.types import Population
 
 A, B, C, AB = Population(("A",)), Population(("B",)), Population(("C",)), Population(("A", "B"))
@@ -150,11 +150,14 @@ def test_top_genes_are_those_that_differ():
     assert ours[0] == pytest.approx(np.corrcoef(delta[chosen], real.delta[0][chosen])[0, 1])
 
 
-def test_energy_distance_is_twice_the_population_metric(world):
+def test_energy_distance_equals_the_population_metric(world):
+    """cell-eval's distance to the controls is twice as large."""
     real, controls = world
+    want = [population.energy_distance(x, controls[""]) for x in real.values()]
+    np.testing.assert_allclose([ENERGY_DISTANCE.fn(x, controls[""]) for x in real.values()], want, rtol=1e-4)
     found = profiles(real, {"": Control(controls[""])}).edistance
-    want = [2 * energy_distance(x, controls[""]) for x in real.values()]
-    np.testing.assert_allclose(found, want, rtol=1e-4)
+    np.testing.assert_allclose(found, 2 * np.array(want), rtol=1e-4)
+    assert ENERGY_DISTANCE.fn(real[A], real[A]) == pytest.approx(0, abs=1e-9)
 
 
 @settings(max_examples=50, deadline=None)

@@ -86,7 +86,7 @@ def test_values_are_those_of_the_metrics(table, world):
         )
         for d in range(3)
     ]
-    np.testing.assert_allclose(draws, expected, rtol=1e-6)
+    np.testing.assert_allclose(draws, expected, rtol=1e-4)  # in single precision
     additive = training[A].mean(0) + training[C].mean(0) - training[CONTROL].mean(0)
     assert table.row("additive").by_population("l2")[0, 1] == pytest.approx(
         np.linalg.norm(additive - real[AC].mean(0)), rel=1e-4
