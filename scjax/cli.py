@@ -4,39 +4,47 @@ import argparse
 import dataclasses
 import json
 import os
+import re
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias, get_args, get_type_hints
 
 import tyro
 
-from scjax import __version__
+from scjax import __version__, predict
 from scjax.check import suggestion
 from scjax.config import override, to_dict, to_json
 from scjax.experiment import Experiment, read_experiment
+from scjax.types import Population
 
 __all__ = ["main"]
+
+_FEW, _MANY = 20, 30  # values of a column that are all told; that are told of more
 
 _Settings: TypeAlias = Annotated[tyro.conf.AvoidSubcommands[Experiment], tyro.conf.arg(name="")]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Demo:
-    """Fit scIMF to a shipped time series without one time point, predict it, compare with baselines, draw figures.
+    """Fit a model to shipped data without a part of them, predict that part, compare with baselines, draw figures.
 
     Attributes:
+        model: scimf, a time series without one time point; scdfm, genes activated alone and in pairs, without the pairs
+            both of whose genes were seen alone.
         seeds: trainings with different seeds; the table then shows their spread.
         out: a new folder for all that is written; if left out, the first free one of scjax-demo, scjax-demo-2, ...
     """
 
+    model: Annotated[Literal["scimf", "scdfm"], tyro.conf.Positional] = "scimf"
     seeds: int = 1
     out: Path | None = None
 
     def execute(self) -> None:
         from scjax.demo import demo
 
-        demo(n_seeds=self.seeds, out=self.out)
+        demo(self.model, n_seeds=self.seeds, out=self.out)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,6 +63,7 @@ class Train:
         out: folder of the run; a new one, unless --resume.
         resume: continue the run in `out`, with the same data; its settings are read from there unless given.
         step: of the checkpoint to resume from; the newest if left out.
+        verbose: print all settings first.
         experiment: the settings.
     """
 
@@ -65,82 +74,140 @@ class Train:
     out: Path
     resume: bool = False
     step: int | None = None
+    verbose: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     experiment: _Settings
 
     def execute(self) -> None:
         from scjax.experiment import train
         from scjax.train.hooks import Progress
 
-        _print_settings("train", self, to_dict(self.experiment))
+        self.announce()
         adata = _read(self.data)
-        bar = Progress(self.experiment.sampling.n_cells, force=True)
+        bar = Progress(self.experiment.cells_per_step, force=True)
         done = train(self.experiment, adata, self.out, resume=self.resume, step=self.step, hooks=[bar])
         print(f"{int(done.state.step)} steps; the run is in {self.out}. Next:")
-        if done.data.split.held_out:
-            print(f"  scjax evaluate --runs {self.out} --data {self.data} --out evaluation.json")
-        times = " ".join(f"{t:g}" for t in done.data.split.held_out or done.data.times[-1:])
-        print(f"  scjax predict --run {self.out} --data {self.data} --times {times} --out predicted.h5ad")
+        for line in _next_commands(done, self.out, self.data):
+            print(f"  {line}")
+
+    def announce(self) -> None:
+        title = predict.model_title(self.experiment.model)
+        where = self.out / "experiment.json"
+        _announce(f"train {title}: settings in {where}", self.verbose, self, to_dict(self.experiment))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Predict:
-    """Simulate the cells of the first time to other times; writes an .h5ad. No observed target is needed.
+    """Predict cells that nobody observed; writes an .h5ad. What is asked for depends on the kind of the run.
+
+    A run on a time series takes --times (or --velocity), a run on perturbations --conditions and the options after it.
 
     Attributes:
         run: folder of the trained run.
-        data: .h5ad or .zarr with cells of the first training time.
-        times: in the unit of the data, increasing; they need not have been observed.
+        data: .h5ad or .zarr with the cells to start from: those of the first training time, or controls.
         out: the .h5ad to write; an existing file is not overwritten.
-        n_cells: of the simulated population; each first cell once if left out.
+        n_cells: of the simulated population, each first cell once if left out; or of each condition and context, the
+            run's own number if left out.
         seed: of the noise, and of the draw of cells.
         step: of the checkpoint; the newest if left out.
-        velocity: write the observed cells of `data` with their velocities instead of a prediction; without --times,
-            and without chance.
+        verbose: print all settings of the run first.
+        times: time series: in the unit of the data, increasing; they need not have been observed.
+        velocity: time series: write the observed cells of `data` with their velocities instead of a prediction; without
+            --times, and without chance.
+        conditions: perturbations: what to do to the cells, A or A+B, in any order; they need not have been observed.
+        contexts: perturbations: the values of the covariates, joined by " | ", to do it in; all that have controls if
+            left out.
+        genes: perturbations: names of the genes to generate; all that training kept if left out.
+        on_unknown: perturbations: what stands for one that training never saw.
+        solver: perturbations: of the flow; the run's own if left out, as for the next two.
+        n_steps: perturbations: of the solver.
+        guidance: perturbations: above 1 exaggerates what the condition does.
     """
 
     run: Path
     data: Path
-    times: tuple[float, ...] = ()
     out: Path
     n_cells: int | None = None
     seed: int = 0
     step: int | None = None
+    verbose: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    times: tuple[float, ...] = ()
     velocity: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    conditions: tuple[str, ...] = ()
+    contexts: tuple[str, ...] = ()
+    genes: tuple[str, ...] = ()
+    on_unknown: Literal["error", "mean", "nearest"] = "error"
+    solver: Literal["rk4_38", "euler", "heun", "tsit5"] | None = None
+    n_steps: int | None = None
+    guidance: float | None = None
 
     def execute(self) -> None:
-        from scjax import predict
-
         _check_out(self.out, ".h5ad")
-        if self.velocity == bool(self.times):
-            raise ValueError("give --times for a prediction, or --velocity for the velocities of observed cells.")
-        if self.velocity and (self.n_cells is not None or self.seed):
-            raise ValueError("--n-cells and --seed are of a prediction; with --velocity leave them out.")
         trained = predict.load(self.run, self.step)
-        _print_settings("predict", self, trained.about["experiment"])
+        is_series = isinstance(trained, predict.TrainedTimeSeries)
+        self.check_options(is_series)
+        title = predict.model_title(trained.config)
+        told = f"predict with {title}, run {trained.about['run']}, step {trained.step}: settings in {self.run}"
+        _announce(told, self.verbose, self, trained.about["experiment"])
         adata = _read(self.data)
         if self.velocity:
             written = predict.velocity(trained, adata)
-        else:
+        elif is_series:
             written = predict.predict(trained, adata, self.times, n_cells=self.n_cells, seed=self.seed)
+        else:
+            written = predict.predict(
+                trained,
+                adata,
+                self.conditions,
+                contexts=self.contexts or None,
+                genes=self.genes or None,
+                n_cells=self.n_cells,
+                seed=self.seed,
+                on_unknown=self.on_unknown,
+                solver=self.solver,
+                n_steps=self.n_steps,
+                guidance=self.guidance,
+            )
+            for name, stand_in in json.loads(written.uns["scjax"]["replaced"]).items():
+                print(f"{name} was in no training population; in its place: {stand_in}")
         beside = self.out.with_name(self.out.name + ".part")  # a file under its own name is a whole one
         written.write_h5ad(beside)
         beside.rename(self.out)
         print(f"{written.n_obs} cells x {written.n_vars} genes from step {trained.step} written to {self.out}")
 
+    def check_options(self, is_series: bool) -> None:
+        of_series = ("times", "velocity")
+        of_perturbation = ("conditions", "contexts", "genes", "on_unknown", "solver", "n_steps", "guidance")
+        kind, wants = ("a time series", "--times") if is_series else ("perturbations", "--conditions")
+        default = {f.name: f.default for f in dataclasses.fields(self)}
+        wrong = [name for name in (of_perturbation if is_series else of_series) if getattr(self, name) != default[name]]
+        if wrong:
+            raise ValueError(
+                f"--{wrong[0].replace('_', '-')} is not of this run: {self.run} was trained on {kind}, "
+                f"which takes {wants}."
+            )
+        if is_series and self.velocity == bool(self.times):
+            raise ValueError("give --times for a prediction, or --velocity for the velocities of observed cells.")
+        if self.velocity and (self.n_cells is not None or self.seed):
+            raise ValueError("--n-cells and --seed are of a prediction; with --velocity leave them out.")
+        if not is_series and not self.conditions:
+            raise ValueError("give --conditions for a prediction, such as A or A+B.")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """Compare trained runs with baselines and with real cells on their held-out times; prints a table for each.
+    """Compare trained runs with baselines and with real cells on what they held out; prints the tables.
 
     Attributes:
         runs: FOLDER or NAME=FOLDER of each run. Runs of one name are seeds of one model and share a row of the table;
-            the name is scIMF if left out.
+            the name is that of the model if left out.
         data: the file that they were trained on.
         out: a JSON file for the numbers; an existing file is not overwritten.
-        n_cells: cells of each population in each comparison; the smallest population if left out.
+        n_cells: cells of each population in each comparison; by the smallest population if left out.
         n_draws: repeated draws of cells.
-        seed: of the draws and the simulations.
+        seed: of the draws and of the predictions.
         step: of the checkpoints; the newest of each run if left out.
+        on_unknown: perturbations: what stands for one that training never saw.
+        verbose: print all settings of the runs first.
     """
 
     runs: tuple[str, ...]
@@ -150,33 +217,44 @@ class Evaluate:
     n_draws: int = 5
     seed: int = 0
     step: int | None = None
+    on_unknown: Literal["error", "mean", "nearest"] = "error"
+    verbose: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
     def execute(self) -> None:
-        from scjax.experiment import evaluate
-        from scjax.metrics.report import render, to_json_dict, verdict
+        from scjax.experiment import evaluate, report_of
 
         runs: dict[str, list[Path]] = {}
+        settings: dict[str, Experiment] = {}
         for given in self.runs:
             name, equals, folder = given.partition("=")
-            if equals and not Path(given).exists():
-                runs.setdefault(name, []).append(Path(folder))
-            else:
-                runs.setdefault("scIMF", []).append(Path(given))
+            if not equals or Path(given).exists():
+                name, folder = None, given
+            found = read_experiment(folder)
+            name = predict.model_title(found.model) if name is None else name
+            settings.setdefault(name, found)
+            runs.setdefault(name, []).append(Path(folder))
         if not runs:
             raise ValueError("--runs must name at least one folder of a run.")
         if self.out is not None:
             _check_out(self.out, ".json")
-        _print_settings(
-            "evaluate", self, {name: to_dict(read_experiment(folders[0])) for name, folders in runs.items()}
-        )
+        more = {}
+        if any(found.kind == "PerturbationExperiment" for found in settings.values()):
+            more = {"on_unknown": self.on_unknown}
+        elif self.on_unknown != "error":
+            raise ValueError("--on-unknown is of runs on perturbations; these are of time series.")
+        told = "; ".join(f"{name}: {', '.join(map(str, folders))}" for name, folders in runs.items())
+        _announce(f"evaluate {told}", self.verbose, self, {name: to_dict(settings[name]) for name in runs})
         tables = evaluate(
-            runs, _read(self.data), n_cells=self.n_cells, n_draws=self.n_draws, seed=self.seed, step=self.step
+            runs, _read(self.data), n_cells=self.n_cells, n_draws=self.n_draws, seed=self.seed, step=self.step, **more
         )
         for table in tables:
-            print(render(table))
-            print("\n".join(verdict(table, name, metric.name) for name in runs for metric in table.metrics) + "\n")
+            report = report_of(table)
+            print(report.render(table))
+            lines = (report.verdict(table, name, metric.name) for name in runs for metric in table.metrics)
+            print("\n".join(lines) + "\n")
         if self.out is not None:
-            self.out.write_text(json.dumps([to_json_dict(table) for table in tables], indent=1) + "\n")
+            numbers = [report_of(table).to_json_dict(table) for table in tables]
+            self.out.write_text(json.dumps(numbers, indent=1) + "\n")
             print(f"numbers written to {self.out}")
 
 
@@ -220,9 +298,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print("scjax: interrupted. A run goes on from its newest checkpoint with --resume.", file=sys.stderr)
         raise SystemExit(130) from None
     except (ValueError, ArithmeticError, OSError) as err:
-        notes = "".join(f"\n{note}" for note in getattr(err, "__notes__", ()))
+        notes = "".join(f"\n{note}" for note in (*getattr(err, "__notes__", ()), *_as_options(str(err), arguments)))
         print(f"scjax: {err}{notes}", file=sys.stderr)
         raise SystemExit(2) from err
+
+
+def _as_options(message: str, arguments: list[str]) -> list[str]:
+    """How a command spells the settings that a message of the library names as `name=value`."""
+    if arguments[:1] not in (["train"], ["predict"], ["evaluate"]):
+        return []
+    spelled: dict[str, str] = {name: f"--{name}" for name in ("resume", "step", "on_unknown")}
+    if arguments[:1] == ["train"]:
+        for kind in get_args(Experiment):
+            hints = get_type_hints(kind)
+            for name, hint in hints.items():
+                spelled.setdefault(name, f"--{name}")
+                for cls in (hint, *get_args(hint)):
+                    for field in dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ():
+                        spelled[f"{name}.{field.name}"] = f"--{name}.{field.name}"
+                        spelled.setdefault(field.name, f"--{name}.{field.name}")
+    named = dict.fromkeys(re.findall(r"(?<![\w.-])([a-z]\w*(?:\.\w+)?)=(?=[\w'\[(-])", message))
+    options = [f"{name}=... is {spelled[name].replace('_', '-')}" for name in named if name in spelled]
+    return [f"In the command line: {', '.join(options)}."] if options else []
 
 
 def _parse_train(arguments: list[str]) -> Train:
@@ -258,7 +355,7 @@ def _parse_train(arguments: list[str]) -> Train:
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Chosen(Train):
-        experiment: _Settings = chosen
+        experiment: Annotated[tyro.conf.AvoidSubcommands[type(chosen)], tyro.conf.arg(name="")] = chosen
 
     Chosen.__doc__ = Train.__doc__
     return tyro.cli(Chosen, prog="scjax train", args=arguments)
@@ -278,7 +375,8 @@ def _shown(what: str) -> str:
     from scjax import presets
 
     if not what:
-        lines = [f"{name:<20} {presets.preset(name).summary}" for name in presets.names()]
+        width = max(map(len, presets.names()))
+        lines = [f"{name:<{width}}  {presets.preset(name).summary}" for name in presets.names()]
         return "\n".join(["presets:", *lines, "`scjax show NAME` tells the rest.\n"])
     if what in presets.names():
         found = presets.preset(what)
@@ -298,10 +396,7 @@ def _shown(what: str) -> str:
 def _shown_data(path: Path) -> str:
     adata = _read(path)
     lines = [f"{path}: {adata.n_obs} cells x {adata.n_vars} genes"]
-    for column in adata.obs:
-        counts = adata.obs[column].value_counts().sort_index()
-        shown = ", ".join(f"{v} ({n})" for v, n in counts.items()) if len(counts) <= 20 else f"{len(counts)} values"
-        lines.append(f"  obs {column}: {shown}")
+    lines += [f"  obs {column}: {_shown_column(adata.obs[column])}" for column in adata.obs]
     for kind in ("layers", "obsm", "uns"):
         keys = [str(k) for k in getattr(adata, kind) if k is not None]
         if keys:
@@ -309,25 +404,78 @@ def _shown_data(path: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _shown_column(values: Any) -> str:
+    """Every value with its cells where there are few, the most frequent of many words."""
+    counts = values.value_counts()
+    if len(counts) <= _FEW:
+        return ", ".join(f"{v} ({n})" for v, n in counts.sort_index().items())
+    if values.dtype.kind in "biuf" or counts.iloc[0] == 1:
+        return f"{len(counts)} values"
+    most = ", ".join(f"{v} ({n})" for v, n in counts.iloc[:_MANY].items())
+    return f"{len(counts)} values, the most frequent: {most}{', ...' if len(counts) > _MANY else ''}"
+
+
 def _shown_run(path: Path) -> str:
     from scjax import checkpoint
 
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    about = checkpoint.read_about(folder)
+    steps, damaged = checkpoint.list_steps(folder), []
+    about = None
+    for step in reversed(steps):
+        try:
+            found = checkpoint.read(folder, step)
+        except ValueError as err:
+            damaged.append(f"  DAMAGED, step {step}: {err}")
+            continue
+        about = about or found.about
+    if about is None:  # says what is wrong: no checkpoint, or none that is whole
+        about = checkpoint.read_about(folder)
     lines = [
         f"{path}: {about['kind']}, run {about['run']}",
-        f"  checkpoints: steps {', '.join(map(str, checkpoint.list_steps(folder)))}",
+        f"  checkpoints: steps {', '.join(map(str, steps))}",
+        *damaged,
         f"  data: {about['data']['n_cells']} cells, digest {about['data']['digest']}",
-        f"  trained on times {about['split']['train']}, held out {about['split']['held_out']}",
+        *_shown_split(about["split"]),
         f"  genes: {len(about['transform']['feature_names'])}",
         f"  made with: {', '.join(f'{name} {v}' for name, v in about['provenance']['versions'].items())}",
     ]
     return "\n".join([*lines, json.dumps(about["experiment"], indent=2)]) + "\n"
 
 
-def _print_settings(name: str, command: Any, experiment: dict[str, Any]) -> None:
-    """The command's own options and all settings of the experiment, as JSON."""
+def _shown_split(split: dict[str, Any]) -> list[str]:
+    if "held_out" in split:
+        return [f"  trained on times {split['train']}, held out {split['held_out']}"]
+
+    def shown(populations: list[Any]) -> str:
+        names = [str(Population(tuple(names), context)) for names, context in populations]
+        return f"{len(names)} populations: {', '.join(names[:_MANY])}{', ...' if len(names) > _MANY else ''}"
+
+    told = {"trained on": split["train"], "validated on": split["validation"], "held out": split["test"]}
+    return [f"  {what} {shown(populations)}" for what, populations in told.items() if populations]
+
+
+def _next_commands(done: Any, out: Path, data: Path) -> list[str]:
+    split = done.data.split
+    series = hasattr(split, "held_out")
+    held_out = split.held_out if series else split.test
+    commands = []
+    if held_out:
+        commands.append(f"scjax evaluate --runs {out} --data {data} --out evaluation.json")
+    if series:
+        wanted = f"--times {' '.join(f'{t:g}' for t in held_out or done.data.times[-1:])}"
+    else:
+        perturbed = [p for p in held_out or split.train if not p.is_control]
+        wanted = f"--conditions {' '.join(dict.fromkeys(shlex.quote(p.condition) for p in perturbed[:3]))}"
+    return [*commands, f"scjax predict --run {out} --data {data} {wanted} --out predicted.h5ad"]
+
+
+def _announce(line: str, verbose: bool, command: Any, experiment: dict[str, Any]) -> None:
+    """One line; or the command's own options and all settings of the experiment, as JSON."""
+    if not verbose:
+        print(f"scjax {line} (--verbose prints all settings)", flush=True)
+        return
     own = {f.name: getattr(command, f.name) for f in dataclasses.fields(command) if f.name != "experiment"}
+    name = type(command).__name__.lower() if not isinstance(command, Train) else "train"
     print(json.dumps({name: own, "experiment": experiment}, indent=2, default=str), flush=True)
 
 

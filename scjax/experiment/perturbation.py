@@ -16,13 +16,12 @@ from scjax.data.graph import GraphRule
 from scjax.data.perturbation import PerturbationData, prepare_perturbation, unseen_axis
 from scjax.data.preprocess import Preprocess
 from scjax.data.sampling import PairedSampling
-from scjax.data.source import open_source
 from scjax.data.spec import AnnData, DataSpec
 from scjax.data.splits import PerturbationSplitRule
 from scjax.experiment.run import Task, check_comparable, check_loop, data_digest
 from scjax.metrics.perturbation_report import DEFAULT_METRICS, PerturbationTable, perturbation_table
 from scjax.models import scdfm
-from scjax.predict.perturbation import GenerationConfig, TrainedPerturbation, generate, read_sources
+from scjax.predict.perturbation import GenerationConfig, TrainedPerturbation, generate, observed_cells, read_sources
 from scjax.train.loop import Validate
 from scjax.train.optimizers import OptimizerConfig
 from scjax.types import Population
@@ -116,6 +115,10 @@ class PerturbationExperiment:
                 f"validate_every must be a multiple of scan_steps; got {self.validate_every} and {self.scan_steps}."
             )
 
+    @property
+    def cells_per_step(self) -> int:
+        return self.sampling.n_populations * self.sampling.n_cells
+
 
 def digest(adata: AnnData, spec: DataSpec) -> str:
     return data_digest(adata, spec, _labels(adata, spec))
@@ -175,13 +178,6 @@ def tables(
     if not split.test:
         raise ValueError("the runs held out nothing, so there is nothing to evaluate; train with a split that does.")
 
-    populations, population_of = first.spec.read_populations(adata)
-    source = open_source(adata, first.spec)
-
-    def observed(wanted: Sequence[Population]) -> dict[Population, np.ndarray]:
-        rows = {p: np.flatnonzero(population_of == populations.index(p)) for p in wanted}
-        return {p: first.transform.apply(source.rows(r), source.feature_names) for p, r in rows.items()}
-
     vectors = first.spec.read_vectors(adata) or None
     contexts = sorted({p.context for p in split.test})
     replaced: dict[str, str] = {}
@@ -193,7 +189,7 @@ def tables(
             found, stand_ins = generate(run, sources, split.test, seed=seed, on_unknown=on_unknown, vectors=vectors)
             generated[name].append({p: cells.x for p, cells in found.items()})
             replaced |= stand_ins
-    training, real = observed(split.train), observed(split.test)
+    training, real = (observed_cells(first, adata, part) for part in (split.train, split.test))
     axes: dict[str, list[Population]] = {}
     for p in split.test:
         axes.setdefault(unseen_axis(p, split), []).append(p)

@@ -70,6 +70,10 @@ class TimeSeriesExperiment:
         if n_dims is not None and n_dims != self.model.n_dims:
             raise _width_error(self, n_dims)
 
+    @property
+    def cells_per_step(self) -> int:
+        return self.sampling.n_cells
+
 
 def digest(adata: AnnData, spec: DataSpec) -> str:
     return data_digest(adata, spec, [spec.read_times(adata).tobytes()])

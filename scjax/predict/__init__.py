@@ -14,7 +14,7 @@ from scjax import checkpoint
 from scjax.data.spec import AnnData
 from scjax.models import scdfm, scimf
 from scjax.predict import perturbation, timeseries
-from scjax.predict.perturbation import GenerationConfig, TrainedPerturbation
+from scjax.predict.perturbation import GenerationConfig, TrainedPerturbation, observed_cells
 from scjax.predict.timeseries import TrainedTimeSeries, interaction_scores, project, simulate_cells, velocity
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "interaction_scores",
     "load",
     "model_title",
+    "observed_cells",
     "predict",
     "project",
     "simulate_cells",

@@ -26,7 +26,16 @@ from scjax.predict.record import predicting_params, record
 from scjax.processes.flow import Solver
 from scjax.types import Params, Population
 
-__all__ = ["Generated", "GenerationConfig", "Sources", "TrainedPerturbation", "generate", "predict", "read_sources"]
+__all__ = [
+    "Generated",
+    "GenerationConfig",
+    "Sources",
+    "TrainedPerturbation",
+    "generate",
+    "observed_cells",
+    "predict",
+    "read_sources",
+]
 
 _CONTEXT = " | "  # joins the covariates' values in a context
 
@@ -146,6 +155,26 @@ def read_sources(
         source = open_source(cells, trained.spec)
         x = trained.transform.apply(source.rows(np.arange(source.n_cells)), source.feature_names)
         found[context] = Sources(x, cells.obs_names.to_numpy())
+    return found
+
+
+def observed_cells(
+    trained: TrainedPerturbation, adata: AnnData, populations: Iterable[Population]
+) -> dict[Population, Float[np.ndarray, "_cells genes"]]:
+    """All cells of these populations, controls or perturbed, in the model's space; for comparisons.
+
+    Raises:
+        ValueError: what `DataSpec.check` finds, a population without cells.
+    """
+    trained.spec.check(adata, min_cells=1)
+    known, population_of = trained.spec.read_populations(adata)
+    source = open_source(adata, trained.spec)
+    found = {}
+    for population in populations:
+        if population not in known:
+            raise ValueError(f"adata has no cells of {population}.{suggestion(population, known)}")
+        rows = source.rows(np.flatnonzero(population_of == known.index(population)))
+        found[population] = trained.transform.apply(rows, source.feature_names)
     return found
 
 

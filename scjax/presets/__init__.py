@@ -39,6 +39,7 @@ def preset(name: str) -> Preset:
 
 
 def _all() -> dict[str, Preset]:
-    from scjax.presets import scimf
+    from scjax.presets import scdfm, scimf
 
-    return {f"scimf/{name}": found for name, found in scimf.PRESETS.items()}
+    of_model = {"scimf": scimf.PRESETS, "scdfm": scdfm.PRESETS}
+    return {f"{model}/{name}": found for model, presets in of_model.items() for name, found in presets.items()}
