@@ -354,7 +354,9 @@ def test_published_sizes(case):
     close(total, golden["loss/total"], atol=0)
     tensors = {name: g for name, g in under(golden.arrays, "grad/").items() if name not in ("names", "norms")}
     names, norms = golden.arrays["grad/names"], golden.arrays["grad/norms"]
-    close_gradients(state, config, grads, names, norms, tensors)
+    # All four lambda vectors share one scalar gradient, a sum that cancels. Recorded in float32 alone, it is off by
+    # 1.6e-4 from the same network in float64.
+    close_gradients(state, config, grads, names, norms, tensors, lambda_rtol=3e-4)
 
 
 def placed(state, config, entries):
@@ -389,14 +391,15 @@ def close_named(state, config, tree, reference, what, tolerance):
     assert n_compared == sum(w.size for w in reference.values()), f"{what}: some recorded tensors were not compared"
 
 
-def close_gradients(state, config, grads, names, norms, tensors):
+def close_gradients(state, config, grads, names, norms, tensors, lambda_rtol=1e-4):
     """Norms of all gradients, and some gradients whole, by the README's rules."""
     found = norms_by_name(state, config, grads)
     for name, norm in zip(map(str, names), norms, strict=True):
         if norm == -1:
             assert found[name] in (-1.0, 0.0), f"{name} has a gradient"
         elif not name.endswith("in_proj_bias"):
-            np.testing.assert_allclose(found[name], norm, rtol=1e-4, atol=1e-9, err_msg=name)
+            rtol = lambda_rtol if ".lambda_" in name else 1e-4
+            np.testing.assert_allclose(found[name], norm, rtol=rtol, atol=1e-9, err_msg=name)
     close_named(state, config, grads, tensors, "gradients", lambda _, g: 1e-4 * np.abs(g).max())
 
 
