@@ -169,13 +169,15 @@ def rank_sum(x: Float[np.ndarray, "n genes"], y: Float[np.ndarray, "m genes"] | 
     n, m = len(x), values.shape[1]
     check.at_least("the number of cells of each population", min(n, m), 1)
     sought = np.sort(x.T, axis=1)
-    below, up_to = np.empty(sought.shape, np.int64), np.empty(sought.shape, np.int64)
-    for gene, row in enumerate(sought):
-        below[gene] = np.searchsorted(values[gene], row, "left")
-        up_to[gene] = np.searchsorted(values[gene], row, "right")
-    statistic = (below + up_to).sum(axis=1) / 2
     gene, starts, in_x = _groups(sought)
-    in_y = (up_to - below).ravel()[starts]
+    distinct = sought.ravel()[starts]  # most of a sparse gene is one zero
+    below, up_to = np.empty(len(distinct), np.int64), np.empty(len(distinct), np.int64)
+    bounds = np.searchsorted(gene, np.arange(len(sought) + 1))
+    for row, (first, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        below[first:end] = values[row].searchsorted(distinct[first:end], "left")
+        up_to[first:end] = values[row].searchsorted(distinct[first:end], "right")
+    statistic = np.bincount(gene, in_x * (below + up_to) / 2, len(sought))
+    in_y = up_to - below
     ties = ties_of_y + np.bincount(gene, _ties(in_x + in_y) - _ties(in_y), len(sought))
     spread = np.sqrt(n * m / 12 * np.maximum(n + m + 1 - ties / ((n + m) * (n + m - 1)), 0))
     beyond = np.abs(statistic - n * m / 2) - 0.5

@@ -274,9 +274,11 @@ def verdict(table: PerturbationTable, model_row: str, metric: str, baseline_rows
     wins, losses_ = int(np.sum(gain > 0)), int(np.sum(gain < 0))
     p = binomtest(wins, wins + losses_).pvalue if wins + losses_ else 1.0
     some = (
-        "" if common.sum() == row.has_value(metric).sum() else f" (on the {common.sum()} populations that it predicts)"
+        ""
+        if common.sum() == row.has_value(metric).sum()
+        else f" (on the {_plural(int(common.sum()), 'population')} that it predicts)"
     )
-    better = f"; better on {wins} of {common.sum()} populations (sign test p = {p:.2g})"
+    better = f"; better on {wins} of {_plural(int(common.sum()), 'population')} (sign test p = {p:.2g})"
     scale = ""
     if table.of_kind("floor"):
         scored = normalised_score(table, model_row, best, metric)

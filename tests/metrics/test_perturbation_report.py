@@ -228,10 +228,10 @@ def test_the_best_baseline_is_the_one_least_beaten():
     made = by_hand(row("m", "model", [1.0, 2.0, 3.0]), easy, hard, row("r", "floor", [0.5, 0.5, 0.5]))
     line = verdict(made, "m", "l2")
     assert (
-        "BEATS the best training-free baseline, easy (on the 1 populations that it predicts): 1.000 against 1.100"
+        "BEATS the best training-free baseline, easy (on the 1 population that it predicts): 1.000 against 1.100"
         in line
     )
-    assert "better on 1 of 1 populations (sign test p = 1)" in line
+    assert "better on 1 of 1 population (sign test p = 1)" in line
     assert normalised_score(made, "m", "easy", "l2") == pytest.approx(0.1 / 0.6)
     assert normalised_score(made, "m", "hard", "l2") == pytest.approx(2 / 3.5)
 
