@@ -98,6 +98,26 @@ def test_vmap_and_checkpoint_change_nothing(x64):
     np.testing.assert_allclose(per_cell, want, rtol=1e-12)
 
 
+def test_a_checkpoint_policy_can_keep_what_was_attended(x64):
+    """The program of the gradient has the exponentials of the forward pass once less, and the same result."""
+    args = inputs(6, dtype=jnp.float64)
+    policy = jax.checkpoint_policies.save_only_these_names(blockwise.RESIDUALS)
+
+    def layer(*args):
+        return jnp.tanh(blocks_of(4)(*args))  # needs what was attended in its own gradient
+
+    again, kept = jax.checkpoint(layer), jax.checkpoint(layer, policy=policy)
+
+    def n_exponentials(f):
+        compiled = jax.jit(jax.value_and_grad(lambda *a: jnp.sum(f(*a)))).lower(*args).compile()
+        return compiled.as_text().count(" exponential(")
+
+    assert n_exponentials(kept) == n_exponentials(layer) < n_exponentials(again)
+    want = value_and_grads(layer, args)
+    assert_same(value_and_grads(kept, args), want, rtol=1e-12)
+    assert_same(value_and_grads(again, args), want, rtol=1e-12)
+
+
 def test_large_logits_stay_finite_and_pick_the_best():
     q1, k1, q2, k2, v, lam = inputs(20)
     args = (1e3 * q1, k1, 1e3 * q2, -1e3 * k2, v, lam)
