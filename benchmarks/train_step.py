@@ -55,6 +55,7 @@ def main() -> None:
         action="store_true",
         help="and PyTorch with one backward pass, unlike the published program",
     )
+    parser.add_argument("--remat", action="store_true", help="and scjax rematerialised: slower, in less memory")
     parser.add_argument(
         "--keep-memory",
         action="store_true",
@@ -75,7 +76,8 @@ def main() -> None:
         harness.serve(partial(question.job.TRAIN[args.worker], sizes[0]), args.threads)
         return
 
-    sides = ["scjax"] + (["peer"] if args.peer else []) + (["peer_single_backward"] if args.single_backward else [])
+    optional = {"peer": args.peer, "peer_single_backward": args.single_backward, "scjax_remat": args.remat}
+    sides = ["scjax", *(side for side, wanted in optional.items() if wanted)]
     if missing := set(sides) - set(question.job.TRAIN):
         parser.error(f"{args.model} has no side {missing.pop()}; it has {', '.join(question.job.TRAIN)}")
     for size in sizes:

@@ -75,13 +75,13 @@ def neighbours(pattern: np.ndarray) -> np.ndarray:
     return table
 
 
-def train_scjax(batch_size: int) -> Job:
+def train_scjax(batch_size: int, *, remat: bool = False) -> Job:
     import jax
     import jax.numpy as jnp
 
     from scjax.train.state import init_state
 
-    model, tx, update = _training(_config(D_MODEL), neighbours(allowed()))
+    model, tx, update = _training(_config(D_MODEL, remat=remat), neighbours(allowed()))
     state = init_state(model.init(jax.random.key(0)), tx, jax.random.key(1))
     chunk = jax.tree.map(jnp.asarray, _chunk(batch_size, STEPS_PER_CALL))
     n_steps = jnp.asarray(STEPS_PER_CALL, jnp.int32)
@@ -103,6 +103,10 @@ def train_scjax(batch_size: int) -> Job:
         compile_s=compile_s,
         temp_bytes=update.memory_analysis().temp_size_in_bytes,
     )
+
+
+def train_scjax_remat(batch_size: int) -> Job:
+    return train_scjax(batch_size, remat=True)
 
 
 def train_peer(batch_size: int) -> Job:
@@ -166,13 +170,13 @@ def sample_peer(n_cells: int) -> Job:
 
 
 def memory(batch_size: int, d_model: int) -> Memory:
-    """A training step of scjax at any size, compiled for shapes alone."""
+    """A rematerialised training step of scjax at any size, compiled for shapes alone."""
     import jax
     import jax.numpy as jnp
 
     from scjax.train.state import init_state
 
-    model, tx, update = _training(_config(d_model), neighbours(allowed()))
+    model, tx, update = _training(_config(d_model, remat=True), neighbours(allowed()))
     state = jax.eval_shape(lambda: init_state(model.init(jax.random.key(0)), tx, jax.random.key(1)))
     one = jax.ShapeDtypeStruct((), jnp.int32)
     compiled = update.lower(state, jax.eval_shape(lambda: _chunk(batch_size, 1)), one, one).compile()
@@ -185,10 +189,10 @@ def memory(batch_size: int, d_model: int) -> Memory:
     return Memory(compiled.memory_analysis(), run, settings=_settings(model.config))
 
 
-def _config(d_model: int):
+def _config(d_model: int, *, remat: bool = False):
     from scjax.models import scdfm
 
-    return scdfm.Config(n_tokens=N_TOKENS, d_model=d_model, n_layers=N_LAYERS, n_heads=N_HEADS, remat=True)
+    return scdfm.Config(n_tokens=N_TOKENS, d_model=d_model, n_layers=N_LAYERS, n_heads=N_HEADS, remat=remat)
 
 
 def _settings(config) -> dict:
@@ -234,5 +238,5 @@ def _peer():
     return torch_scdfm.ScDFM(mask, n_tokens=N_TOKENS, d_model=D_MODEL, n_heads=N_HEADS, n_layers=N_LAYERS)
 
 
-TRAIN = {"scjax": train_scjax, "peer": train_peer}
+TRAIN = {"scjax": train_scjax, "peer": train_peer, "scjax_remat": train_scjax_remat}
 SAMPLE = {"scjax": sample_scjax, "peer": sample_peer}
