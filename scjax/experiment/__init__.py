@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeAlias
 
+from scjax.check import one_of
 from scjax.config import from_dict, from_json
 from scjax.data.spec import AnnData
 from scjax.experiment import perturbation, timeseries
@@ -66,7 +67,11 @@ def read_experiment(path: str | Path) -> Experiment:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         tree = None  # from_json says what is wrong
-    return from_json(_class_of(tree), path)
+    try:
+        cls = _class_of(tree)
+    except ValueError as err:
+        raise ValueError(f"{path}: {err}") from err
+    return from_json(cls, path)
 
 
 def train(
@@ -159,9 +164,10 @@ def report_of(table: Any) -> ModuleType:
 
 
 def _class_of(tree: Any) -> type:
-    """Of the experiment that these settings are of; for an unknown kind, the one whose reader says so."""
-    kind = tree.get("kind") if isinstance(tree, dict) else None
-    return _KINDS.get(kind, _KINDS["TimeSeriesExperiment"])[0]
+    """Of the experiment that these settings are of."""
+    kind = tree.get("kind", "TimeSeriesExperiment") if isinstance(tree, dict) else "TimeSeriesExperiment"
+    one_of("kind", kind, tuple(_KINDS))
+    return _KINDS[kind][0]
 
 
 def _module_of(about: Mapping[str, Any]) -> ModuleType:

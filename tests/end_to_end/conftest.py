@@ -1,6 +1,7 @@
-"""One trained run, shared by all tests of this folder."""
+"""One trained run of each kind, shared by all tests of this folder."""
 
 import pytest
+import tiny_perturbation
 import tiny_series
 
 from scjax.experiment import train
@@ -21,3 +22,15 @@ def trained(tiny_run):
 @pytest.fixture
 def adata():
     return tiny_series.make_adata()
+
+
+@pytest.fixture(scope="session")
+def perturbation_run(tmp_path_factory):
+    """As `tiny_run`, on perturbations."""
+    folder = tmp_path_factory.mktemp("perturbation") / "run"
+    return train(tiny_perturbation.EXPERIMENT, tiny_perturbation.make_adata(), folder)
+
+
+@pytest.fixture(scope="session")
+def perturbation_trained(perturbation_run):
+    return load(perturbation_run.workdir)

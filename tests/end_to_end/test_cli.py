@@ -66,9 +66,13 @@ def test_settings_come_from_file_then_set_then_options(run):
     assert read_experiment(run) == replace(EXPERIMENT, model=model, split=HoldOutLast(n_times=1), n_steps=5)
 
 
-def test_train_prints_its_settings_and_what_comes_next(run, capsys, tmp_path):
+def test_train_says_where_its_settings_are_and_what_comes_next(run, capsys):
     """A finished run, resumed without its settings: they are read from the folder, and nothing is left to do."""
-    main(["train", "--resume", "--data", "cells.h5ad", "--out", str(run)])
+    resume = ["train", "--resume", "--data", "cells.h5ad", "--out", str(run)]
+    main(resume)
+    first, *_ = capsys.readouterr().out.splitlines()
+    assert first == f"scjax train scIMF: settings in {run}/experiment.json (--verbose prints all settings)"
+    main([*resume, "--verbose"])
     told = capsys.readouterr().out
     settings, end = json.JSONDecoder().raw_decode(told)
     assert settings["experiment"] == to_dict(read_experiment(run))
@@ -79,7 +83,10 @@ def test_train_prints_its_settings_and_what_comes_next(run, capsys, tmp_path):
 
 def test_predict(run, capsys, tmp_path):
     out = tmp_path / "predicted.h5ad"
-    main(["predict", "--run", str(run), "--data", "cells.h5ad", "--times", "2", "4.5", "--out", str(out)])
+    asked = ["predict", "--run", str(run), "--data", "cells.h5ad", "--times", "2", "4.5"]
+    main([*asked, "--out", str(tmp_path / "quiet.h5ad")])
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    main([*asked, "--out", str(out), "--verbose"])
     settings, end = json.JSONDecoder().raw_decode(told := capsys.readouterr().out)
     assert settings["predict"]["times"] == [2.0, 4.5]
     assert settings["experiment"] == to_dict(read_experiment(run))
@@ -99,7 +106,9 @@ def test_predict_velocity(run, tmp_path):
 
 def test_evaluate(run, capsys, tmp_path):
     out = tmp_path / "numbers.json"
-    main(["evaluate", "--runs", f"alone={run}", "--data", "cells.h5ad", "--out", str(out), "--n-draws", "2"])
+    main(
+        ["evaluate", "--runs", f"alone={run}", "--data", "cells.h5ad", "--out", str(out), "--n-draws", "2", "--verbose"]
+    )
     settings, end = json.JSONDecoder().raw_decode(told := capsys.readouterr().out)
     assert settings["experiment"] == {"alone": to_dict(read_experiment(run))}
     assert "held-out time 4, trained on times 0, 1, 2" in told[end:]

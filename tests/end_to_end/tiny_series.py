@@ -46,10 +46,10 @@ def make_adata() -> anndata.AnnData:
 
 
 def damaged_copy(run: Path, folder: Path, how: str) -> Path:
-    """The run with the largest file of its newest checkpoint cut in half, or with one bit of it flipped."""
+    """The run with the largest data file of its newest checkpoint cut in half, or with one bit of it flipped."""
     shutil.copytree(run, folder)
     newest = max((folder / "checkpoints").iterdir(), key=lambda p: int(p.name))
-    victim = max((p for p in (newest / "arrays").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    victim = max((newest / "arrays" / "d").iterdir(), key=lambda p: p.stat().st_size)
     content = bytearray(victim.read_bytes())
     if how == "truncated":
         content = content[: len(content) // 2]
