@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -211,6 +212,9 @@ def generate(
     generation = trained.generation if generation is None else generation
     genes = trained.genes if genes is None else tuple(genes)
     at_least("the number of genes", len(genes), 1)
+    repeated = next((name for name, n in Counter(genes).items() if n > 1), None)
+    if repeated is not None:
+        raise ValueError(f"genes must differ; {repeated!r} is repeated.")
     tokens = trained.vocabulary.gene_tokens(genes)
     place = {name: i for i, name in enumerate(trained.genes)}
     for name in genes:
@@ -373,8 +377,6 @@ def _asked(trained: TrainedPerturbation, conditions: Iterable[str]) -> list[tupl
         )
     spelled: dict[tuple[str, ...], str] = {}
     for name in conditions:
-        if not isinstance(name, str):
-            raise ValueError(f"conditions must be names such as 'A+B'; got {name!r}.")
         names = trained.spec.parse_condition(name)
         if names in spelled:
             raise ValueError(f"conditions must differ; {name!r} and {spelled[names]!r} are the same.")

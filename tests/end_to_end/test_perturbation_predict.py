@@ -1,0 +1,184 @@
+"""A checkpoint and control cells make predictions under conditions seen or not, without the truth."""
+
+import json
+from dataclasses import replace
+
+import anndata
+import jax
+import numpy as np
+import pandas as pd
+import pytest
+from tiny_perturbation import EXPERIMENT, GENES, LINES, make_adata
+
+from scjax.models import scdfm
+from scjax.predict import load, observed_cells, perturbation, predict
+from scjax.types import Population
+
+ASKED = ["g1+g0", "z+ctrl", "g1"]  # held out, seen, seen; spelled as a user likes
+
+
+def same_anndata(a, b):
+    np.testing.assert_array_equal(a.X, b.X)
+    pd.testing.assert_frame_equal(a.obs, b.obs)
+    assert a.uns["scjax"] == b.uns["scjax"]
+    return True
+
+
+def rows(predicted, condition, context):
+    return predicted[(predicted.obs["condition"] == condition) & (predicted.obs["context"] == context)]
+
+
+@pytest.fixture(scope="module")
+def predicted(perturbation_trained):
+    return predict(perturbation_trained, make_adata(), ASKED, seed=3)
+
+
+def test_loaded_is_what_was_trained(perturbation_run, perturbation_trained):
+    trained, data = perturbation_trained, perturbation_run.data
+    jax.tree.map(np.testing.assert_array_equal, trained.params, perturbation_run.state.ema)
+    assert (trained.spec, trained.generation, trained.step) == (EXPERIMENT.spec, EXPERIMENT.generation, 20)
+    assert (trained.split, trained.vocabulary, trained.n_slots) == (data.split, data.vocabulary, 2)
+    assert trained.config.n_tokens == data.vocabulary.n_tokens
+    np.testing.assert_array_equal(trained.constants.graph, data.graph)
+    assert load(perturbation_run.workdir, 10).step == 10
+    for population, cells in observed_cells(trained, make_adata(), data.populations).items():
+        np.testing.assert_array_equal(cells, data.cells(population))
+
+
+def test_predicted_anndata(perturbation_trained, predicted, tmp_path):
+    n = EXPERIMENT.generation.n_cells
+    assert predicted.shape == (len(ASKED) * len(LINES) * n, len(GENES))
+    assert tuple(predicted.var_names) == GENES
+    assert predicted.obs_names.is_unique
+    assert predicted.X.dtype == np.float32
+    assert np.isfinite(predicted.X).all()
+    assert (predicted.X >= 0).all()
+    assert list(dict.fromkeys(predicted.obs["condition"])) == ["g0+g1", "z", "g1"]
+    assert set(predicted.obs["seed"]) == {3}
+    adata = make_adata()
+    for line in LINES:
+        controls = adata.obs_names[(adata.obs["condition"] == "ctrl") & (adata.obs["line"] == line)]
+        part = predicted[predicted.obs["line"] == line]
+        assert set(part.obs["context"]) == {line}
+        assert set(part.obs["source_cell"]) <= set(controls)
+        assert part[part.obs["condition"] == "z"].obs["source_cell"].is_unique
+    record = predicted.uns["scjax"]
+    assert json.loads(record["experiment"]) == perturbation_trained.about["experiment"]
+    assert (record["run"], record["step"]) == (perturbation_trained.about["run"], 20)
+    assert (record["solver"], record["n_steps"], record["guidance"], record["n_cells"]) == ("rk4_38", 3, 1.0, n)
+    assert json.loads(record["replaced"]) == {}
+    predicted.write_h5ad(tmp_path / "predicted.h5ad")
+    assert same_anndata(anndata.read_h5ad(tmp_path / "predicted.h5ad"), predicted)
+
+
+def test_a_condition_does_not_depend_on_what_else_is_asked_for(perturbation_trained, predicted):
+    alone = predict(perturbation_trained, make_adata(), ["ctrl+z"], contexts=["B2"], seed=3)
+    np.testing.assert_array_equal(alone.X, rows(predicted, "z", "B2").X)
+    assert not np.array_equal(alone.X, rows(predicted, "g1", "B2").X)
+    other = predict(perturbation_trained, make_adata(), ["ctrl+z"], contexts=["B2"], seed=4)
+    assert not np.array_equal(alone.X, other.X)
+
+
+def test_cells_are_what_the_model_samples(perturbation_trained, predicted):
+    """Each cell alone, by ids in the slots of training, from its own control cell: the program only packs them."""
+    trained = perturbation_trained
+    adata = make_adata()
+    part = rows(predicted, "g0+g1", "A1")
+    source = observed_cells(trained, adata, [Population((), "A1")])[Population((), "A1")]
+    names = adata.obs_names[(adata.obs["condition"] == "ctrl") & (adata.obs["line"] == "A1")]
+    x = source[[names.get_loc(name) for name in part.obs["source_cell"]]]
+    ids = trained.vocabulary.encode([("g0", "g1")] * len(x), "gene", 2)
+    tokens = trained.vocabulary.gene_tokens(GENES)
+    # a start from the control cells themselves needs no noise, so that both sides can be given the same
+    config = replace(trained.config, start="source")
+    x, ids, tokens = map(jax.numpy.asarray, (x, ids, tokens))
+    wanted = scdfm.sample(trained.params, x, ids, tokens, None, constants=trained.constants, config=config, n_steps=3)
+    found = predict(trained._replace(config=config), adata, ["g0+g1"], contexts=["A1"], seed=3)
+    np.testing.assert_allclose(found.X, wanted, atol=1e-4)
+
+
+def test_one_program_serves_every_condition_and_number_of_cells(perturbation_trained, predicted):
+    before = perturbation._sample._cache_size()
+    few = predict(perturbation_trained, make_adata(), ["g0", "g0+z", "g1+z"], n_cells=1, seed=3)
+    many = predict(perturbation_trained, make_adata(), ["z"], n_cells=40, contexts=["A1"], seed=3)
+    assert perturbation._sample._cache_size() == before
+    assert few.n_obs == 3 * len(LINES)
+    controls = observed_cells(perturbation_trained, make_adata(), [Population((), "A1")])[Population((), "A1")]
+    assert many.obs["source_cell"].nunique() == len(controls) < 40  # some twice, none left out
+    np.testing.assert_array_equal(many.X[:10], rows(predicted, "z", "A1").X)
+
+
+def test_any_genes_in_any_order(perturbation_trained, predicted):
+    genes = ["g7", "g0", "g3"]
+    found = predict(perturbation_trained, make_adata(), ["z"], genes=genes, seed=3)
+    assert list(found.var_names) == genes
+    assert found.shape == (20, 3)
+
+
+def test_only_control_cells_are_looked_at_and_genes_are_matched_by_name(perturbation_trained, predicted):
+    adata = make_adata()
+    control = (adata.obs["condition"] == "ctrl").to_numpy()
+    assert same_anndata(predict(perturbation_trained, adata[control].copy(), ASKED, seed=3), predicted)
+    adata.X = adata.X.astype(np.float32)
+    adata.X[~control] = np.nan
+    assert same_anndata(predict(perturbation_trained, adata, ASKED, seed=3), predicted)
+    backwards = make_adata()[:, list(reversed(GENES))].copy()
+    assert same_anndata(predict(perturbation_trained, backwards, ASKED, seed=3), predicted)
+    lacking = backwards[:, [g for g in GENES if g not in ("g4", "g7")]].copy()
+    with pytest.raises(ValueError, match=r"2 of the 10 genes of the fit are missing: g4, g7"):
+        predict(perturbation_trained, lacking, ASKED)
+
+
+def test_stand_ins_for_an_unknown_perturbation(perturbation_trained):
+    found = predict(perturbation_trained, make_adata(), ["new+g0", "z"], on_unknown="mean", contexts=["A1"])
+    assert json.loads(found.uns["scjax"]["replaced"]) == {"new": "mean of 3 trained perturbations"}
+    assert list(dict.fromkeys(found.obs["condition"])) == ["g0+new", "z"]
+    # A measured gene is known as a gene, whether it was perturbed or not.
+    known = predict(perturbation_trained, make_adata(), ["g5"], contexts=["A1"])
+    assert json.loads(known.uns["scjax"]["replaced"]) == {}
+
+
+@pytest.mark.parametrize(
+    ("conditions", "options", "message"),
+    [
+        ([], {}, "conditions must name at least one condition; got none"),
+        ("g0", {}, r"conditions must be a list of names; got the one text 'g0'. Write \['g0'\]"),
+        (["g0+g1", "g1+g0"], {}, r"conditions must differ; 'g1\+g0' and 'g0\+g1' are the same"),
+        (["ctrl"], {}, "the control is no perturbation, and this run never saw it as a target"),
+        (["g0+g0"], {}, "names 'g0' twice"),
+        (["g0+"], {}, "has an empty part"),
+        (["G0"], {}, "perturbation 'G0' is not known to the model: it was in no training population"),
+        (["new"], {"on_unknown": "nearest"}, "nothing tells what is near 'new'"),
+        (["g0+g1+z"], {}, "n_slots=2 is too few for 3 perturbations at once"),
+        (["g0"], {"contexts": ["A11"]}, "contexts must have control cells in adata; 'A11' has none. Did you mean 'A1'"),
+        (["g0"], {"genes": ["g0", "g77"]}, "'g77' is not among the .* genes that the model was fitted"),
+        (["g0"], {"genes": ["z"]}, "genes must be among the 10 that training kept; 'z' was not measured"),
+        (["g0"], {"genes": []}, "the number of genes must be at least 1; got 0"),
+        (["g0"], {"genes": ["g1", "g1"]}, "genes must differ; 'g1' is repeated"),
+        (["g0"], {"n_cells": 0}, "n_cells must be at least 1; got 0"),
+        (["g0"], {"n_steps": 0}, "n_steps must be at least 1; got 0"),
+        (["g0"], {"guidance": 2.0}, "guidance=2.0 needs a model that was trained with condition_dropout"),
+        (["g0"], {"seed": -1}, "seed must be at least 0; got -1"),
+        (["g0"], {"chunk": 0}, "chunk must be at least 1; got 0"),
+    ],
+)
+def test_bad_arguments(perturbation_trained, conditions, options, message):
+    with pytest.raises(ValueError, match=message):
+        predict(perturbation_trained, make_adata(), conditions, **options)
+
+
+def test_bad_data(perturbation_trained):
+    adata = make_adata()
+    with pytest.raises(
+        ValueError, match=r"adata must hold control cells, .* none has 'control' or 'ctrl' in obs\['con"
+    ):
+        predict(perturbation_trained, adata[adata.obs["condition"] != "ctrl"].copy(), ["g0"])
+    renamed = anndata.AnnData(adata.X, obs=adata.obs.rename(columns={"line": "lines"}), var=adata.var)
+    with pytest.raises(ValueError, match=r"'line' is not one. Did you mean 'lines'"):
+        predict(perturbation_trained, renamed, ["g0"])
+    adata.X = adata.X.astype(np.float32)
+    adata.X[np.flatnonzero(adata.obs["condition"] == "ctrl")[0], 0] = -1.0
+    with pytest.raises(ValueError, match="holds 1 negative values, the least is -1"):
+        predict(perturbation_trained, adata, ["g0"])
+    with pytest.raises(ValueError, match=r"adata has no cells of g5 \(A1\)"):
+        observed_cells(perturbation_trained, make_adata(), [Population(("g5",), "A1")])
