@@ -66,6 +66,18 @@ def test_times_are_those_of_one_step(commands):
     assert result["ratios"] == {}
 
 
+def test_the_allocator_of_the_workers_is_a_choice(commands):
+    script = Path(commands["ours"][1])
+    text = script.read_text().replace('{"who": sys.argv[1]}', '{"set": __import__("os").environ.get("GLIBC_TUNABLES")}')
+    script.write_text(text)
+    for keep_memory in (True, False):
+        result = harness.compare(
+            {"ours": commands["ours"]}, n_rounds=1, n_threads=1, keep_memory=keep_memory, progress=False
+        )
+        settings = result["sides"]["ours"]["settings"]
+        assert (settings["set"] == harness.KEEP_MEMORY) == keep_memory
+
+
 def test_statistics_and_ratios_go_round_by_round():
     runs = [{"wall_s": 3.0, "cpu_s": 4.0}, {"wall_s": 1.0, "cpu_s": 2.0}]
     assert harness._statistics(runs)["wall_s"] == {"median": 2.0, "min": 1.0, "max": 3.0, "n": 2}
