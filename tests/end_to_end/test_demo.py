@@ -12,6 +12,7 @@ from scjax.demo import demo
 from scjax.metrics.population import wasserstein1
 from scjax.predict import load, project
 from scjax.presets import preset
+from scjax.train.optimizers import OptimizerConfig
 
 ROWS = {
     "scIMF",
@@ -67,6 +68,57 @@ def test_the_demo_overwrites_nothing(short):
     with pytest.raises(ValueError, match="not overwritten"):
         demo(out=short)
     assert before == {p: p.stat().st_mtime_ns for p in short.rglob("*")}
+
+
+# -- perturbations
+
+
+@pytest.fixture(scope="module")
+def short_scdfm(tmp_path_factory):
+    """The demo of scDFM with few and cheap steps on a third of the genes."""
+    experiment = preset("scdfm/norman_subset").experiment
+    experiment = replace(
+        experiment,
+        model=replace(experiment.model, d_model=8, n_layers=1, n_heads=2, graph_heads=2, gamma=0.0),
+        preprocess=replace(experiment.preprocess, n_top_genes=80),
+        sampling=replace(experiment.sampling, n_populations=2, n_cells=8, n_genes=20),
+        generation=replace(experiment.generation, n_cells=16, n_steps=2),
+        optimizer=OptimizerConfig(),
+        n_steps=10,
+        ema_decay=None,
+        checkpoint_every=10,
+    )
+    return demo("scdfm", out=tmp_path_factory.mktemp("demo") / "out", experiment=experiment)
+
+
+def test_the_demo_of_perturbations_writes_what_it_says(short_scdfm):
+    figures = {"deltas.png", "top_genes.png", "l2.png"}
+    assert {p.name for p in short_scdfm.iterdir()} == {"metrics.json", "predictions.h5ad", "runs", *figures}
+    assert all((short_scdfm / name).stat().st_size > 10_000 for name in figures)
+    (table,) = json.loads((short_scdfm / "metrics.json").read_text())
+    assert {"scDFM", "control", "mean of perturbations", "additive", "nearest", "ridge", "real vs real (ceiling)"} <= {
+        row["name"] for row in table["rows"]
+    }
+    pairs = {"KLF1+MAP2K6", "KLF1+TGFBR2", "MAP2K3+MAP2K6", "MAP2K3+SLC38A2", "MAPK1+TGFBR2"}
+    assert {p["condition"] for p in table["populations"]} == pairs
+    predicted = anndata.read_h5ad(short_scdfm / "predictions.h5ad")
+    assert predicted.obs["condition"].value_counts().to_dict() == dict.fromkeys(pairs, 16)
+
+
+def test_the_number_in_the_table_is_that_of_the_predicted_cells(short_scdfm):
+    """L2 of the means, from the .h5ad and the data, by hand."""
+    (table,) = json.loads((short_scdfm / "metrics.json").read_text())
+    predicted, adata = anndata.read_h5ad(short_scdfm / "predictions.h5ad"), datasets.norman2019()
+    row = next(row for row in table["rows"] if row["name"] == "scDFM")
+    for i, condition in enumerate(p["condition"] for p in table["populations"]):
+        real = adata[adata.obs["perturbation"] == condition, predicted.var_names].X.toarray().mean(axis=0)
+        made = predicted[predicted.obs["condition"] == condition].X.mean(axis=0)
+        assert row["scores"]["l2"]["by_population"][0][i] == pytest.approx(np.linalg.norm(made - real), rel=1e-4)
+
+
+def test_no_seed():
+    with pytest.raises(ValueError, match="seeds must be at least 1; got 0"):
+        demo("scdfm", n_seeds=0)
 
 
 @pytest.mark.slow

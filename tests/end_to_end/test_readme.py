@@ -23,25 +23,43 @@ def test_library_example():
     assert names["v"].shape == names["x0"].shape
 
 
+def commands_of(file):
+    """The commands of the block that trains on this file, as words."""
+    (script,) = (b for b in blocks("") if f"--data {file}" in b)
+    lines = script.replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True) for line in lines if line.startswith("scjax")]
+
+
+def run_all(commands, shorter, folder):
+    assert {c[1] for c in commands} == {"show", "train", "predict", "evaluate"}
+    for _, name, *words in commands:
+        more = shorter if name == "train" else ()
+        command = [sys.executable, "-m", "scjax", name, *words, *more]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{name} {words}\n{done.stdout}\n{done.stderr}"
+
+
 def test_commands_on_a_users_file(tmp_path):
-    """In the order of the README, on a file with a column of another name; only the number of steps is cut."""
+    """In the order of the README, on a file with a column of another name; only the training is cut."""
     adata = datasets.klein2015()
     adata.obs["day"] = adata.obs.pop("time")
     adata.write_h5ad(tmp_path / "cells.h5ad")
-    (script,) = (b for b in blocks("") if "scjax train" in b)
-    lines = script.replace("\\\n", " ").splitlines()
-    commands = [line.split("#")[0].strip() for line in lines if line.startswith("scjax")]
-    assert {shlex.split(c)[1] for c in commands} == {"show", "train", "predict", "evaluate"}
-    for command in commands:
-        words = shlex.split(
-            re.sub(r"--n-steps \d+", "--n-steps 20 --sampling.n-cells 32 --sampling.n-targets 32", command)
-        )
-        done = subprocess.run(
-            [sys.executable, "-m", "scjax", *words[1:]], cwd=tmp_path, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    shorter = ("--n-steps", "20", "--sampling.n-cells", "32", "--sampling.n-targets", "32")
+    run_all(commands_of("cells.h5ad"), shorter, tmp_path)
     assert (tmp_path / "predicted.h5ad").exists()
     assert (tmp_path / "evaluation.json").exists()
+
+
+def test_commands_on_a_users_screen(tmp_path):
+    adata = datasets.norman2019()
+    adata.obs["condition"] = adata.obs.pop("perturbation")
+    adata.write_h5ad(tmp_path / "perturbed.h5ad")
+    cut = {"n-steps": 10, "checkpoint-every": 10, "optimizer.n-warmup": 0, "model.d-model": 8, "model.n-layers": 1}
+    cut |= {"model.n-heads": 2, "model.graph-heads": 2, "model.gamma": 0.0, "preprocess.n-top-genes": 40}
+    cut |= {"sampling.n-genes": 16, "sampling.n-populations": 2, "generation.n-cells": 8, "generation.n-steps": 2}
+    run_all(commands_of("perturbed.h5ad"), [w for k, v in cut.items() for w in (f"--{k}", str(v))], tmp_path)
+    assert (tmp_path / "generated.h5ad").exists()
+    assert (tmp_path / "screen.json").exists()
 
 
 def test_the_two_commands_come_first():
