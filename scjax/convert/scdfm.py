@@ -6,9 +6,9 @@
 | value_encoder_1, value_encoder_2: linear1, linear2, norm       | value_state, value_control: mlp, LayerNorm_0      |
 | fusion_layer.0, 2, 3                                           | fusion.joined, output, norm                       |
 | encoder.embedding, enc_norm                                    | tokens.embedding, norm                            |
-| encoder.perturbation_interaction.cross_attn                    | tokens.attention.query, key, value, output        |
-| encoder.perturbation_interaction.norm1, norm2                  | tokens.norm_attention, norm_feedforward           |
-| encoder.perturbation_interaction.linear1, linear2              | tokens.hidden, output                             |
+| encoder.perturbation_interaction.cross_attn                    | tokens.layer.attention.query, ..., output         |
+| encoder.perturbation_interaction.norm1, norm2                  | tokens.layer.norm_attention, norm_feedforward     |
+| encoder.perturbation_interaction.linear1, linear2              | tokens.layer.hidden, output                       |
 | perturbation_embedder.embedding, enc_norm ("table" alone)      | perturbations.embedding, norm                     |
 | gene_adaLN.<l>.adaLN_modulation.1, norm                        | layer_<l>.gene_modulation, gene_norm              |
 | adapter_layer.<l>.0, 3                                         | layer_<l>.adapter, adapter_output                 |
@@ -80,7 +80,7 @@ def params_from_torch(state: Mapping[str, np.ndarray], config: Config) -> Params
     """
     if config.perturbation == "vector":
         raise ValueError("perturbation='vector' has a projection that the reference lacks; take 'gene' or 'table'.")
-    reader = _Reader(dict(state), config.d_model)
+    reader = Reader(dict(state), config.d_model)
     params = _network(reader, config)
     unused = {"perturbations": r"perturbation_embedder\.", "perturbation_head": r"p_head\.", "mask": r"p_mask_embed"}
     for name, pattern in unused.items():
@@ -92,7 +92,7 @@ def params_from_torch(state: Mapping[str, np.ndarray], config: Config) -> Params
     return params
 
 
-class _Reader:
+class Reader:
     """Takes tensors by name, and remembers what did not fit."""
 
     def __init__(self, state: dict[str, np.ndarray], d: int):
@@ -127,22 +127,29 @@ class _Reader:
     def feedforward(self, first: str, second: str) -> Params:
         return {"Dense_0": self.linear(first, n_out=4 * self.d), "Dense_1": self.linear(second, n_in=4 * self.d)}
 
-    def differential(self, at: str, n_heads: int) -> Params:
-        names = {"query": "q", "key": "k"}
-        attention = {
-            f"{ours}_{i}": self.linear(f"{at}.attn.{theirs}_proj_{i}", bias=False)
-            for ours, theirs in names.items()
-            for i in (1, 2)
-        }
-        attention |= {
-            "value": self.linear(f"{at}.attn.v_proj", bias=False),
-            "output": self.linear(f"{at}.attn.out_proj", bias=False),
-            "head_scale": self.take(f"{at}.attn.subln.weight", (self.d // n_heads,)),
-        }
-        for name in ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"):
-            attention[name] = self.take(f"{at}.attn.{name}", (self.d // n_heads,))
+    def graph_layer(self, at: str) -> Params:
         return {
-            "attention": attention,
+            "attention": self.attention(f"{at}.cross_attn"),
+            "norm_attention": self.norm(f"{at}.norm1"),
+            "norm_feedforward": self.norm(f"{at}.norm2"),
+            "hidden": self.linear(f"{at}.linear1", n_out=4 * self.d),
+            "output": self.linear(f"{at}.linear2", n_in=4 * self.d),
+        }
+
+    def differential_attention(self, at: str, n_heads: int) -> Params:
+        width = self.d // n_heads
+        return {
+            **{f"query_{i}": self.linear(f"{at}.q_proj_{i}", bias=False) for i in (1, 2)},
+            **{f"key_{i}": self.linear(f"{at}.k_proj_{i}", bias=False) for i in (1, 2)},
+            "value": self.linear(f"{at}.v_proj", bias=False),
+            "output": self.linear(f"{at}.out_proj", bias=False),
+            **{f"lambda_{name}": self.take(f"{at}.lambda_{name}", (width,)) for name in ("q1", "k1", "q2", "k2")},
+            "head_scale": self.take(f"{at}.subln.weight", (width,)),
+        }
+
+    def differential(self, at: str, n_heads: int) -> Params:
+        return {
+            "attention": self.differential_attention(f"{at}.attn", n_heads),
             "modulation": self.linear(f"{at}.adaLN_modulation.1", n_out=6 * self.d),
             "feedforward": self.feedforward(f"{at}.mlp.fc1", f"{at}.mlp.fc2"),
         }
@@ -181,9 +188,8 @@ class _Reader:
         }
 
 
-def _network(read: _Reader, config: Config) -> Params:
+def _network(read: Reader, config: Config) -> Params:
     d = config.d_model
-    graph = "encoder.perturbation_interaction"
     params: Params = {
         "time": {
             "mlp": {"Dense_0": read.linear("t_embedder.mlp.0", n_in=256), "Dense_1": read.linear("t_embedder.mlp.2")}
@@ -191,11 +197,7 @@ def _network(read: _Reader, config: Config) -> Params:
         "tokens": {
             "embedding": read.take("encoder.embedding.weight", (config.n_tokens or 0, d)),
             "norm": read.norm("encoder.enc_norm"),
-            "attention": read.attention(f"{graph}.cross_attn"),
-            "norm_attention": read.norm(f"{graph}.norm1"),
-            "norm_feedforward": read.norm(f"{graph}.norm2"),
-            "hidden": read.linear(f"{graph}.linear1", n_out=4 * d),
-            "output": read.linear(f"{graph}.linear2", n_in=4 * d),
+            "layer": read.graph_layer("encoder.perturbation_interaction"),
         },
         "value_state": read.value_encoder("value_encoder_1"),
         "value_control": read.value_encoder("value_encoder_2"),

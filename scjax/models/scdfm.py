@@ -31,6 +31,7 @@ from scjax.kernels import median_bandwidths
 from scjax.losses import mmd2
 from scjax.nn.adaln import modulate
 from scjax.nn.attention import attend, attend_to_all, differential_attend, merge_heads, split_heads
+from scjax.nn.blockwise import RESIDUALS
 from scjax.nn.dropout import drop
 from scjax.nn.time import sinusoids
 from scjax.processes.flow import Solver, endpoint, guided, integrate, poisson_start, straight_path
@@ -61,6 +62,8 @@ _N_WAVES = 256  # features of the time embedding before its MLP
 _LARGEST = 512.0  # expression above is cut, as in the reference
 _DENSE = 8  # a graph with more than an eighth of all tokens in its widest row is cheaper as a mask
 _LEAKY_SLOPE = 0.01
+# What attention received is kept by `remat`: it is as small as the layer's input, and the dearest thing to make again.
+_KEEP = jax.checkpoint_policies.save_only_these_names(RESIDUALS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +107,10 @@ class Config:
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Of matrix products and activations. Parameters, normalisations, softmax, MMD and the state of the ODE stay
     float32."""
-    remat: bool = False  # keep only the input of each layer for the backward pass and compute the rest again
+    remat: Literal["none", "layers", "cells"] = "none"
+    """What the backward pass computes again to save memory: "layers" keeps the input of each layer and what attention
+    received; "cells" goes through the cells of a batch one by one and keeps nothing of them but what all share, which
+    costs one more forward pass and makes memory independent of the number of cells."""
 
     def __post_init__(self):
         for name in ("n_tokens", "n_perturbations", "n_vector"):
@@ -124,6 +130,7 @@ class Config:
         one_of("objective", self.objective, ("velocity", "perturbation"))
         one_of("head_input", self.head_input, ("masked", "leaking"))
         one_of("compute_dtype", self.compute_dtype, ("float32", "bfloat16"))
+        one_of("remat", self.remat, ("none", "layers", "cells"))
         probability("dropout", self.dropout)
         probability("condition_dropout", self.condition_dropout)
         positive("poisson_alpha", self.poisson_alpha)
@@ -539,6 +546,13 @@ class PerturbationHead(nn.Module):
 # ---------------------------------------------------------------- the network on a batch of cells
 
 
+class OfGenes(NamedTuple):
+    """What all cells of a batch share: the tokens of its genes, and what each layer makes of them."""
+
+    tokens: Float[Array, "genes d"]
+    layers: tuple[Float[Array, "genes d3"], ...]
+
+
 class Prepared(NamedTuple):
     """All that no solver stage changes, for a batch of cells on one list of genes."""
 
@@ -565,7 +579,7 @@ def init(key: PRNGKeyArray, config: Config) -> Params:
     ids, neighbours = jnp.zeros(2, jnp.int32), jnp.zeros((2, 1), jnp.int32)
     keys = iter(jax.random.split(key, config.n_layers + 9))
 
-    def of(name: str, *args: Any, method: Callable | None = None) -> Params:
+    def of(name: str, *args: Any, method: Callable | str | None = None) -> Params:
         return _module(name, config).init(next(keys), *args, method=method)["params"]
 
     def whole_layer(layer: Layer) -> Array:
@@ -778,7 +792,7 @@ def sample(
             raise ValueError(f"start={config.start!r} draws where paths begin: pass a key, or x0.")
         x0 = _start(key, source, config)
     g, p = _tokens(params, genes, perturbation, constants, None, config)
-    prepared = _prepare(params, source, p, g, None, config)
+    prepared = _prepare(params, source, p, _of_genes(params, g, config), None, config)
     blind = None
     if guidance != 1:
         blind = _with_perturbation(params, prepared, jnp.broadcast_to(params["mask"][None], p.shape), config)
@@ -926,20 +940,25 @@ def _tokens(params, genes, perturbation, constants, key, config) -> tuple[Array,
     return tokens[: len(genes)], tokens[len(genes) :].reshape(*perturbation.shape, -1).mean(axis=1)
 
 
-def _prepare(params, source, p, g, key, config) -> Prepared:
+def _of_genes(params, g, config) -> OfGenes:
+    layers = tuple(_apply(params, f"layer_{i}", config, g, method="of_genes") for i in range(config.n_layers))
+    return OfGenes(g, layers)
+
+
+def _prepare(params, source, p, of_genes, key, config) -> Prepared:
     keys = None if key is None else jax.random.split(key, len(source))
     v2 = _each_cell(params, "value_control", config, source, keys, axes=(0, None if keys is None else 0))
-    v2 = v2 + g[None]
+    v2 = v2 + of_genes.tokens[None]
     layers = tuple(
         Hoisted(
-            of_genes=_apply(params, f"layer_{i}", config, g, method="of_genes"),
+            of_genes=of_genes.layers[i],
             of_perturbation=_apply(params, f"layer_{i}", config, p, method="of_perturbation"),
             of_control=_each_cell(params, f"layer_{i}", config, v2, method="of_control"),
         )
         for i in range(config.n_layers)
     )
     return Prepared(
-        genes=g,
+        genes=of_genes.tokens,
         fused_control=_each_cell(params, "fusion", config, v2, method="of_control"),
         layers=layers,
         head=_apply(params, "velocity_head", config, p, method="of_perturbation"),
@@ -968,7 +987,7 @@ def _stream(params, prepared, x_t, t, key, config) -> Array:
     for i, hoisted in enumerate(prepared.layers):
         axes = (0, Hoisted(None, 0, 0), 0, of_key)
         layer = partial(_each_cell, params, f"layer_{i}", config, axes=axes)
-        x = (jax.checkpoint(layer) if config.remat else layer)(x, hoisted, c, keys[i])
+        x = (jax.checkpoint(layer, policy=_KEEP) if config.remat == "layers" else layer)(x, hoisted, c, keys[i])
     return x
 
 
@@ -978,13 +997,23 @@ def _field(params, prepared, x_t, t, key, config) -> Array:
 
 
 def _velocity(params, x_t, t, source, p, g, key, config) -> Array:
-    key_control, key_state = (None, None) if key is None else jax.random.split(key)
-    return _field(params, _prepare(params, source, p, g, key_control, config), x_t, t, key_state, config)
+    of_genes = _of_genes(params, g, config)
+
+    def of_cells(x_t, t, source, p, key):
+        key_control, key_state = (None, None) if key is None else jax.random.split(key)
+        return _field(params, _prepare(params, source, p, of_genes, key_control, config), x_t, t, key_state, config)
+
+    if config.remat != "cells":
+        return of_cells(x_t, t, source, p, key)
+    # A loop, for some compilers would otherwise join the second computation with the first.
+    one = jax.checkpoint(lambda cell: of_cells(*(a[None] for a in cell[:4]), cell[4])[0])
+    keys = None if key is None else jax.random.split(key, len(x_t))
+    return jax.lax.map(one, (x_t, t, source, p, keys))
 
 
 def _guess(params, target, t, source, p, g, key, config) -> Array:
     key_control, key_state = (None, None) if key is None else jax.random.split(key)
-    prepared = _prepare(params, source, p, g, key_control, config)
+    prepared = _prepare(params, source, p, _of_genes(params, g, config), key_control, config)
     x = _stream(params, prepared, target, t, key_state, config)
     return _each_cell(params, "perturbation_head", config, x)
 

@@ -33,7 +33,9 @@ def endpoint(x_t: Cells, v_t: Cells, t: Float[Array, " cells"]) -> Cells:
     return x_t + (1 - t[:, None]) * v_t
 
 
-def poisson_rates(source: Cells, *, target_sum: float | None = None, alpha: float = 0.8) -> Cells:
+def poisson_rates(
+    source: Float[Array, "*cells genes"], *, target_sum: float | None = None, alpha: float = 0.8
+) -> Float[Array, "*cells genes"]:
     """Rates of the counts that a Poisson start draws, from log-normalised cells; never below 1e-8.
 
     alpha expm1(source), or, with a `target_sum`, expm1(source) scaled so that the genes given here sum to it (alpha is
@@ -47,7 +49,9 @@ def poisson_rates(source: Cells, *, target_sum: float | None = None, alpha: floa
     return jnp.maximum(rates, 1e-8)
 
 
-def poisson_start(key: PRNGKeyArray, source: Cells, *, target_sum: float | None = None, alpha: float = 0.8) -> Cells:
+def poisson_start(
+    key: PRNGKeyArray, source: Float[Array, "*cells genes"], *, target_sum: float | None = None, alpha: float = 0.8
+) -> Float[Array, "*cells genes"]:
     """log1p of counts drawn with `poisson_rates`: control cells seen once more through the sequencer."""
     rates = poisson_rates(source, target_sum=target_sum, alpha=alpha)
     return jnp.log1p(jax.random.poisson(key, rates).astype(source.dtype))

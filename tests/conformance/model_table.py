@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
-from scjax.batches import TimeSeriesBatch
-from scjax.models import scimf
+from scjax.batches import PairedBatch, TimeSeriesBatch
+from scjax.models import scdfm, scimf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,7 @@ class Row:
         total: (config, terms) -> the scalar that the loss's docstring promises.
         alternatives: for every field of Config another value, or a dict of fields where the field acts only together
             with others; the config with these but for the field itself is then what it is compared with.
+        constants: config -> what the module's functions take besides it.
     """
 
     module: ModuleType
@@ -33,6 +35,7 @@ class Row:
     batch_at: Callable[[Any, int], Any]
     total: Callable[[Any, Mapping[str, Any]], Any]
     alternatives: Mapping[str, Any]
+    constants: Callable[[Any], Mapping[str, Any]] = lambda config: {}  # noqa: E731
 
 
 def time_series(config, n):
@@ -71,6 +74,71 @@ SCIMF = Row(
     },
 )
 
+
+def populations(config, n):
+    """Two populations of three cells on four of the genes of a graph of nine tokens."""
+    rng = np.random.default_rng([8, n])
+    cells = lambda: rng.exponential(size=(2, 3, 4)).astype(np.float32)  # noqa: E731
+    genes = rng.permutation(np.arange(4, 8))
+    perturbation = np.array([[5, 3], [4, 6]]) if config.perturbation == "gene" else np.array([[1, 0], [2, 1]])
+    return PairedBatch(
+        source=cells(), target=cells(), perturbation=perturbation.astype(np.int32), genes=genes.astype(np.int32)
+    )
+
+
+def scdfm_total(config, terms):
+    if config.objective == "perturbation":
+        return 1 - terms["cosine"]
+    return terms["flow"] + config.gamma * terms.get("mmd2", 0.0)
+
+
+GRAPH = np.array([[i, -1, -1] for i in range(4)] + [[4, 5, 6], [4, 5, -1], [4, 6, 7], [6, 7, -1], [8, -1, -1]])
+SCDFM = Row(
+    module=scdfm,
+    config=scdfm.Config(
+        n_tokens=9,
+        n_perturbations=3,
+        n_vector=4,
+        d_model=8,
+        n_layers=2,
+        n_heads=2,
+        graph_heads=2,
+        gamma=0.7,
+        condition_dropout=0.3,
+        start="poisson",
+    ),
+    batch_at=populations,
+    total=scdfm_total,
+    constants=lambda c: {"constants": scdfm.Constants(jnp.asarray(GRAPH, jnp.int32), jnp.eye(3, c.n_vector))},
+    alternatives={
+        "n_tokens": 10,
+        "perturbation": "table",
+        "n_perturbations": {"perturbation": "table", "n_perturbations": 4},
+        "d_model": 4,
+        "n_layers": 1,
+        "n_heads": 4,
+        "graph_heads": 4,
+        "n_vector": {"perturbation": "vector", "n_vector": 5},
+        "fusion": "differential_transformer",
+        "graph_rows": "first",
+        "dropout": 0.2,
+        "start": "gaussian",
+        "poisson_alpha": 0.5,
+        "poisson_target_sum": 100.0,
+        "gamma": 0.5,
+        "condition_dropout": 0.2,
+        "objective": "perturbation",
+        "head_input": {"objective": "perturbation", "head_input": "leaking"},
+        "compute_dtype": "bfloat16",
+        "remat": "layers",
+    },
+)
+SCDFM_VECTORS = replace(
+    SCDFM,
+    config=replace(SCDFM.config, perturbation="vector", fusion="perceiver", start="source", dropout=0.1, remat="cells"),
+    alternatives={},
+)
+
 MODELS: dict[str, Row] = {
     "scimf": SCIMF,
     "scimf-options": replace(
@@ -78,4 +146,6 @@ MODELS: dict[str, Row] = {
         config=replace(SCIMF.config, n_blocks=2, residual=True, diffusion="mlp", diffusion_widths=(3,), dropout=0.0),
         alternatives={},
     ),
+    "scdfm": SCDFM,
+    "scdfm-vectors": SCDFM_VECTORS,
 }

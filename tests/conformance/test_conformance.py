@@ -33,7 +33,7 @@ class Subject:
         self.value_and_grad = jax.jit(jax.value_and_grad(self.loss, has_aux=True))
 
     def loss(self, params, batch, key):
-        return self.row.module.loss(params, batch, key, config=self.config)
+        return self.row.module.loss(params, batch, key, config=self.config, **self.row.constants(self.config))
 
     def batch_at(self, n):
         return self.row.batch_at(self.config, n)
@@ -117,7 +117,7 @@ def test_init_is_a_function_of_the_key(subject):
 
 @each
 def test_build_binds_the_plain_functions(subject):
-    model = subject.row.module.build(subject.config)
+    model = subject.row.module.build(subject.config, **subject.row.constants(subject.config))
     assert isinstance(model, Model)
     assert model.config == subject.config
     assert jax.eval_shape(model.init, jax.random.key(0)) == jax.eval_shape(lambda: subject.params)
@@ -189,7 +189,7 @@ def program(row, config):
     key = jax.random.key(0)
     init = jax.make_jaxpr(lambda key: row.module.init(key, config), return_shape=True)
     init_program, params = init(key)
-    loss = jax.make_jaxpr(lambda p, b, k: row.module.loss(p, b, k, config=config))
+    loss = jax.make_jaxpr(lambda p, b, k: row.module.loss(p, b, k, config=config, **row.constants(config)))
     traced = loss(params, row.batch_at(config, 0), key)
     text = [str(p) for p in (init_program, traced)] + [repr(np.asarray(c)) for c in traced.consts]
     return re.sub(r"0x[0-9a-f]+", "", "\n".join(text))
