@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from tiny_perturbation import EXPERIMENT, GENES, LINES, make_adata
 
+from scjax.experiment import train
 from scjax.models import scdfm
 from scjax.predict import load, observed_cells, perturbation, predict
 from scjax.types import Population
@@ -182,3 +183,45 @@ def test_bad_data(perturbation_trained):
         predict(perturbation_trained, adata, ["g0"])
     with pytest.raises(ValueError, match=r"adata has no cells of g5 \(A1\)"):
         observed_cells(perturbation_trained, make_adata(), [Population(("g5",), "A1")])
+
+
+# -- perturbations that the user brings vectors of
+
+
+def with_vectors(*names):
+    adata = make_adata()
+    rng = np.random.default_rng(0)
+    vectors = {name: rng.normal(size=3).astype(np.float32) for name in ("g0", "g1", "z", "new")}
+    vectors["near"] = vectors["g1"] + np.float32(0.01)
+    adata.uns["embedding"] = {name: vectors[name] for name in names}
+    return adata
+
+
+@pytest.fixture(scope="module")
+def by_vectors(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vectors") / "run"
+    experiment = replace(
+        EXPERIMENT,
+        model=replace(EXPERIMENT.model, perturbation="vector", fusion="differential_transformer", gamma=0.0),
+        spec=replace(EXPERIMENT.spec, vectors="embedding"),
+        n_steps=5,
+    )
+    train(experiment, with_vectors("g0", "g1", "z"), folder)
+    return load(folder)
+
+
+def test_a_vector_is_all_that_a_new_perturbation_needs(by_vectors):
+    """Those of training travel with the checkpoint; others come with the data of the prediction."""
+    assert by_vectors.config.n_vector == 3
+    everything = with_vectors("g0", "g1", "z", "new", "near")
+    settings = {"contexts": ["A1"], "n_cells": 4}
+    found = predict(by_vectors, everything, ["g0+new", "g1+g0", "g0+near"], **settings)
+    assert json.loads(found.uns["scjax"]["replaced"]) == {}
+    stored = predict(by_vectors, make_adata(), ["g0+g1"], **settings)
+    np.testing.assert_array_equal(rows(found, "g0+g1", "A1").X, stored.X)
+    with pytest.raises(ValueError, match="perturbation 'new' is not known"):
+        predict(by_vectors, make_adata(), ["g0+new"], **settings)
+    wide = make_adata()
+    wide.uns["embedding"] = {"new": np.zeros(2, np.float32)}
+    with pytest.raises(ValueError, match="the vector of 'new' must have the 3 features of training; got"):
+        predict(by_vectors, wide, ["new"], **settings)
