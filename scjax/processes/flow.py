@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from scjax.check import at_least, one_of, positive
 
-__all__ = ["ERK38", "Solver", "endpoint", "guided", "integrate", "poisson_rates", "poisson_start", "straight_path"]
+__all__ = ["ERK38", "Solver", "endpoint", "integrate", "poisson_rates", "poisson_start", "straight_path"]
 
 Solver: TypeAlias = Literal["rk4_38", "euler", "heun", "tsit5"]
 Cells: TypeAlias = Float[Array, "cells genes"]
@@ -55,14 +55,6 @@ def poisson_start(
     """log1p of counts drawn with `poisson_rates`: control cells seen once more through the sequencer."""
     rates = poisson_rates(source, target_sum=target_sum, alpha=alpha)
     return jnp.log1p(jax.random.poisson(key, rates).astype(source.dtype))
-
-
-def guided(with_condition: Cells, without: Cells, guidance: float) -> Cells:
-    """Classifier-free guidance: without + guidance (with - without). 1 is the condition itself, more exaggerates it.
-
-    Reference: Ho and Salimans, "Classifier-free diffusion guidance", 2022.
-    """
-    return without + guidance * (with_condition - without)
 
 
 class ERK38(diffrax.AbstractERK):

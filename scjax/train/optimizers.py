@@ -11,7 +11,12 @@ from scjax.check import at_least, non_negative, one_of, positive, probability
 
 __all__ = ["OptimizerConfig", "clip_by_norm", "learning_rate", "make_optimizer"]
 
-_OF_SCHEDULE = {"decay_every": "step", "decay_factor": "step", "final_fraction": "cosine", "cosine_updates": "cosine"}
+_OF_SCHEDULE = {
+    "decay_every": "step",
+    "decay_factor": "step",
+    "final_fraction": "cosine",
+    "cosine_updates": "cosine",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +26,8 @@ class OptimizerConfig:
     An update is one change of the parameters: a step of training where `accumulate` is 1, and `accumulate` steps
     otherwise. Warm-up and schedule count updates. The schedules, from the peak at the end of the warm-up on:
     "constant"; "step", times `decay_factor` after every `decay_every` updates; "cosine", half a cosine down to
-    `final_fraction` of the peak at the last update, or after `cosine_updates`. A field of a schedule that is not chosen must be left alone.
+    `final_fraction` of the peak at the last update, or after `cosine_updates`. A field of a schedule that is not chosen
+    must be left alone.
     """
 
     learning_rate: float = 1e-3  # at the peak
