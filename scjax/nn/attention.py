@@ -6,6 +6,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from scjax import check
 from scjax.nn.blockwise import mix_blockwise
+from scjax.nn.dropout import keep_mask
 
 __all__ = [
     "attend",
@@ -59,9 +60,8 @@ def attend(
 ) -> Float[Array, "heads n d"]:
     """Each receiver's weighted mean of the senders' values, under `attention_weights`.
 
-    With a key, weights are set to zero with chance `dropout_rate` and the others divided by 1 - dropout_rate. That
-    chance is rounded to a multiple of 2^-16: sixteen random bits a weight cost half of what a uniform number does, and
-    over cells x cells weights at every solver step they would otherwise be most of the work.
+    With a key, weights are set to zero with chance `dropout_rate`, rounded as `dropout.keep_mask` does, and the others
+    divided by the chance to stay.
 
     Reference: Vaswani et al., NeurIPS 2017, eq. 1.
     """
@@ -71,10 +71,9 @@ def attend(
         with_total = jnp.einsum("hij,hjd->hid", weights, jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1))
         return with_total[..., :-1] / _or_one(with_total[..., -1:])
     total = weights.sum(axis=-1, keepdims=True)
-    dropped = min(round(dropout_rate * 2**16), 2**16 - 1)
-    keep = jax.random.bits(key, weights.shape, jnp.uint16) >= dropped
+    keep, chance = keep_mask(key, weights.shape, dropout_rate)
     received = jnp.einsum("hij,hjd->hid", jnp.where(keep, weights, 0), v)
-    return received / _or_one(total * (1 - dropped / 2**16))
+    return received / _or_one(total * chance)
 
 
 def unnormalised_weights(logits: Float[Array, "heads n m"]) -> Float[Array, "heads n m"]:

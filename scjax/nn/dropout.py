@@ -10,7 +10,8 @@ __all__ = ["drop", "keep_mask"]
 def keep_mask(key: PRNGKeyArray, shape: tuple[int, ...], rate: float) -> tuple[Shaped[Array, "..."], float]:
     """Which entries stay, and the chance to stay: 1 - rate with the rate rounded to a multiple of 2^-16.
 
-    Sixteen random bits an entry cost half of what a uniform number does.
+    Sixteen random bits an entry cost half of what a uniform number does; over the weights of attention at every step of
+    a solver, a uniform number each would be most of the work.
     """
     dropped = min(round(rate * 2**16), 2**16 - 1)
     return jax.random.bits(key, shape, jnp.uint16) >= dropped, 1 - dropped / 2**16
