@@ -121,6 +121,7 @@ class Predict:
         solver: perturbations: of the flow; the run's own if left out, as for the next two.
         n_steps: perturbations: of the solver.
         guidance: perturbations: above 1 exaggerates what the condition does.
+        composition: perturbations: "joint" asks the network for a combination, "additive" adds up what its parts do.
     """
 
     run: Path
@@ -139,6 +140,7 @@ class Predict:
     solver: Literal["rk4_38", "euler", "heun", "tsit5"] | None = None
     n_steps: int | None = None
     guidance: float | None = None
+    composition: Literal["joint", "additive"] | None = None
 
     def execute(self) -> None:
         _check_out(self.out, ".h5ad")
@@ -166,6 +168,7 @@ class Predict:
                 solver=self.solver,
                 n_steps=self.n_steps,
                 guidance=self.guidance,
+                composition=self.composition,
             )
             for name, stand_in in json.loads(written.uns["scjax"]["replaced"]).items():
                 print(f"{name} was in no training population; in its place: {stand_in}")
@@ -176,7 +179,16 @@ class Predict:
 
     def check_options(self, is_series: bool) -> None:
         of_series = ("times", "velocity")
-        of_perturbation = ("conditions", "contexts", "genes", "on_unknown", "solver", "n_steps", "guidance")
+        of_perturbation = (
+            "conditions",
+            "contexts",
+            "genes",
+            "on_unknown",
+            "solver",
+            "n_steps",
+            "guidance",
+            "composition",
+        )
         kind, wants = ("a time series", "--times") if is_series else ("perturbations", "--conditions")
         default = {f.name: f.default for f in dataclasses.fields(self)}
         wrong = [name for name in (of_perturbation if is_series else of_series) if getattr(self, name) != default[name]]

@@ -15,15 +15,15 @@ ICLR 2026, arXiv 2602.07103.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 
 from scjax.batches import PairedBatch
 from scjax.check import at_least, non_negative, one_of, positive, probability
@@ -47,6 +47,7 @@ __all__ = [
     "init",
     "loss",
     "loss_at",
+    "parts_of",
     "perturbation_embedding",
     "predict_perturbation",
     "rank_pairs",
@@ -90,9 +91,10 @@ class Config:
     """Whose neighbours a perturbation token attends to: its own, or (the reference) those of the first perturbation of
     the batch, which is wrong as soon as a batch holds several."""
     dropout: float = 0.1  # of value encoders, gene encoder and adapters, in training only
-    start: Literal["gaussian", "poisson", "source"] = "gaussian"
-    """Where a path starts: standard normal noise; log1p of counts drawn around the control cell; the control cell
-    itself (ours: then the flow only has to move what the perturbation moves)."""
+    start: Literal["gaussian", "poisson", "control"] = "gaussian"
+    """Where a path starts: standard normal noise; log1p of counts drawn around the control cell; a control cell (ours:
+    then the flow only has to move what the perturbation moves). The network is shown another control cell than the one
+    at the start: of start and state together it could read the velocity without learning anything."""
     poisson_alpha: float = 0.8  # counts drawn per count of the control cell
     poisson_target_sum: float | None = None
     """Counts drawn per cell over the genes of a batch, instead of alpha. The reference's default, -1, was taken as a
@@ -126,7 +128,7 @@ class Config:
         one_of("perturbation", self.perturbation, get_args(PerturbationKind))
         one_of("fusion", self.fusion, get_args(FusionKind))
         one_of("graph_rows", self.graph_rows, ("each", "first"))
-        one_of("start", self.start, ("gaussian", "poisson", "source"))
+        one_of("start", self.start, ("gaussian", "poisson", "control"))
         one_of("objective", self.objective, ("velocity", "perturbation"))
         one_of("head_input", self.head_input, ("masked", "leaking"))
         one_of("compute_dtype", self.compute_dtype, ("float32", "bfloat16"))
@@ -692,6 +694,9 @@ def loss(
 ) -> tuple[Scalar, Metrics]:
     """E |v(x_t, t | source, perturbation) - (x1 - x0)|^2 + gamma MMD^2(x1_hat, x1).
 
+    x0 is drawn as the config's start says; where that is "control" it is the batch's source, whose pairing with the
+    target (a coupling) then matters, and each cell is shown the source of the next one.
+
     The mean is over cells and genes; MMD^2 is unbiased, under Gaussian kernels whose bandwidths follow the observed
     cells' median distance, between the cells of one population and their one-step endpoints, then averaged over the
     populations of the batch: it never compares cells of different perturbations. All times count alike.
@@ -708,7 +713,10 @@ def loss(
     key_start, key_t, key_net = jax.random.split(key, 3)
     if config.objective == "perturbation":
         return _perturbation_loss(params, batch, key_net, constants, config)
-    x0 = _start(key_start, batch.source, config)
+    x0 = batch.source if config.start == "control" else _noise(key_start, batch.source, config)
+    if config.start == "control":
+        at_least("the number of cells of a population, where start='control'", batch.source.shape[1], 2)
+        batch = replace(batch, source=jnp.roll(batch.source, 1, axis=1))
     t = jax.random.uniform(key_t, batch.target.shape[:2], batch.target.dtype)
     return loss_at(params, batch, x0, t, key_net, constants=constants, config=config)
 
@@ -752,7 +760,7 @@ def loss_at(
 def sample(
     params: Params,
     source: Float[Array, "cells genes"],
-    perturbation: Int[Array, "cells slots"] | Float[Array, "cells d"],
+    perturbation: Int[Array, "cells ... slots"] | Float[Array, "cells ... d"],
     genes: Int[Array, " genes"],
     key: PRNGKeyArray | None,
     *,
@@ -763,7 +771,7 @@ def sample(
     n_steps: int = 19,
     tolerance: float = 1e-3,
     guidance: float = 1.0,
-    control: Int[Array, " slots"] | None = None,
+    weights: Sequence[float] | None = None,
     trajectory: bool = False,
 ) -> Float[Array, "cells genes"] | Float[Array, "times cells genes"]:
     """Perturbed cells, one for each control cell of `source`: log-normalised expression, cut at zero.
@@ -772,43 +780,46 @@ def sample(
 
     Args:
         perturbation, genes: as for `velocity`.
-        key: of the start; may be None where x0 is given or config.start is "source".
-        x0: the start instead of a drawn one.
+        key: of the start; may be None where x0 is given.
+        x0: the start instead of a drawn one; control cells where config.start is "control".
         solver, n_steps, tolerance: see `processes.flow.integrate`. The published code takes the 3/8 rule on 20 points,
             the paper 100 Euler steps.
         guidance: g of classifier-free guidance, v_hidden + g (v - v_hidden), where v_hidden is told of no perturbation:
             1 is v itself, more exaggerates the perturbation. Other values than 1 need a model that was trained with
             condition_dropout.
-        control: ids of the control, one a slot. Given, a combination is composed of its parts: its velocity is the
-            control's and what each part alone adds to that, v_0 + sum_s (v_s - v_0). A rule for combinations that
-            training did not see, at slots + 1 evaluations in place of one; it wants a model that has seen controls as
-            targets. None: the network itself says what the combination does, as in the reference.
+        weights: one a part, where `perturbation` has one more axis, [cells, parts, slots] or [cells, parts, d]: the
+            velocity is then the weighted sum of those that the parts have alone. `parts_of` composes a combination.
         trajectory: the uncut states at n_steps + 1 times instead.
 
     Raises:
-        ValueError: shapes that do not fit, a start without a key, guidance without condition_dropout, parts of a
-            perturbation that is given as an embedding.
+        ValueError: shapes that do not fit, a start without a key, guidance without condition_dropout.
 
-    Reference: guidance, Ho and Salimans 2022; composition, Liu et al., "Compositional visual generation with composable
-    diffusion models", ECCV 2022.
+    Reference: Ho and Salimans, "Classifier-free diffusion guidance", 2022.
     """
-    _check_shapes(source, source[:, 0], source, perturbation, genes, constants, config)
+    weights = (1.0,) if weights is None else tuple(weights)
+    parts = perturbation[:, None] if perturbation.ndim == 2 else perturbation
+    if parts.ndim != 3 or parts.shape[1] != len(weights):
+        raise ValueError(
+            f"weights has one number for each part of a perturbation; got {len(weights)} of them and perturbation of "
+            f"the shape {perturbation.shape}, which should be cells x slots, or cells x parts x slots."
+        )
+    told = jnp.swapaxes(parts, 0, 1).reshape(-1, parts.shape[2])
+    _check_shapes(source, source[:, 0], source, parts[:, 0], genes, constants, config)
     if guidance != 1 and "mask" not in params:
         raise ValueError(
             f"guidance={guidance} needs a model that was trained with condition_dropout above 0; this one has no "
             "embedding of a hidden perturbation. Use guidance=1."
         )
     if x0 is None:
-        if key is None and config.start != "source":
+        if config.start == "control":
+            raise ValueError("start='control' begins at control cells: pass them as x0, others than those of source.")
+        if key is None:
             raise ValueError(f"start={config.start!r} draws where paths begin: pass a key, or x0.")
-        x0 = _start(key, source, config)
-    told, weights = perturbation, [1.0]
-    if control is not None:
-        told, weights = _parts(perturbation, control)
+        x0 = _noise(key, source, config)
     g, p = _tokens(params, genes, told, constants, None, config)
     if guidance != 1:
         p = jnp.concatenate([p, jnp.broadcast_to(params["mask"][None], (len(source), config.d_model))])
-        weights = [*(guidance * w for w in weights), 1 - guidance]
+        weights = (*(guidance * w for w in weights), 1 - guidance)
     # All that a cell is told of goes through the network as a cell of its own: one program, whatever is combined.
     n = len(weights)
     prepared = _prepare(params, jnp.tile(source, (n, 1)), p, _of_genes(params, g, config), None, config)
@@ -819,6 +830,25 @@ def sample(
 
     x = integrate(field, x0, solver=solver, n_steps=n_steps, tolerance=tolerance, trajectory=trajectory)
     return x if trajectory else jnp.maximum(x, 0)
+
+
+def parts_of(
+    perturbation: Shaped[Array, "cells slots"], control: Shaped[Array, " slots"]
+) -> tuple[Shaped[Array, "cells parts slots"], tuple[float, ...]]:
+    """What stands in each slot alone, and then nothing at all; with the weights that make `sample` add up effects.
+
+    v_0 + sum_s (v_s - v_0), with v_0 the velocity of the control and v_s that of slot s alone: a rule for combinations
+    that training did not see, at slots + 1 evaluations in place of one. The model must have seen controls as targets.
+
+    Args:
+        control: its id, in as many slots.
+
+    Reference: Liu et al., "Compositional visual generation with composable diffusion models", ECCV 2022.
+    """
+    n_slots = perturbation.shape[1]
+    none = jnp.broadcast_to(control[None], perturbation.shape)
+    alone = [none.at[:, 0].set(perturbation[:, slot]) for slot in range(n_slots)]
+    return jnp.stack([*alone, none], axis=1), (*([1.0] * n_slots), 1.0 - n_slots)
 
 
 def predict_perturbation(
@@ -1039,22 +1069,7 @@ def _perturbation_loss(params, batch, key, constants, config):
     return 1 - cosine, {"cosine": cosine}
 
 
-def _parts(perturbation, control):
-    """Each slot's perturbation alone, then none; and the weights of their velocities."""
-    if jnp.issubdtype(perturbation.dtype, jnp.floating) or control.shape != perturbation.shape[1:]:
-        raise ValueError(
-            f"control composes a combination of its parts, so that perturbation must be ids, in as many slots as "
-            f"control has; got perturbation {perturbation.dtype}{perturbation.shape}, control {control.shape}."
-        )
-    none = jnp.broadcast_to(control[None], perturbation.shape)
-    slots = range(perturbation.shape[1])
-    alone = [none.at[:, 0].set(perturbation[:, slot]) for slot in slots]
-    return jnp.concatenate([*alone, none]), [*(1.0 for _ in slots), 1.0 - len(slots)]
-
-
-def _start(key, source, config) -> Array:
-    if config.start == "source":
-        return source
+def _noise(key, source, config) -> Array:
     if config.start == "poisson":
         return poisson_start(key, source, target_sum=config.poisson_target_sum, alpha=config.poisson_alpha)
     return jax.random.normal(key, source.shape, source.dtype)

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,8 @@ __all__ = [
     "read_sources",
 ]
 
+Composition: TypeAlias = Literal["joint", "additive"]
+
 _CONTEXT = " | "  # joins the covariates' values in a context
 
 
@@ -50,14 +52,19 @@ class GenerationConfig:
         solver: of the flow: "rk4_38" (the 3/8 rule of the scDFM code), "euler" (of its paper), "heun", "tsit5".
         n_steps: of the solver: 19 in the code (20 points), 100 in the paper; "tsit5" chooses its own.
         guidance: 1 is the condition itself; others need a model trained with condition_dropout.
+        composition: of combinations: "joint", what the network says of all parts together, as in the reference;
+            "additive", the control's velocity and what each part alone adds to it (`models.scdfm.parts_of`), which
+            needs training with sampling.include_control and leaves out whatever the parts do to one another.
     """
 
     n_cells: int = 128
     solver: Solver = "rk4_38"
     n_steps: int = 19
     guidance: float = 1.0
+    composition: Composition = "joint"
 
     def __post_init__(self):
+        one_of("composition", self.composition, get_args(Composition))
         at_least("n_cells", self.n_cells, 1)
         one_of("solver", self.solver, get_args(Solver))
         at_least("n_steps", self.n_steps, 1)
@@ -222,23 +229,44 @@ def generate(
             raise ValueError(f"genes must be among the {len(place)} that training kept; {name!r} was not measured.")
     columns = np.array([place[name] for name in genes])
 
+    if generation.composition == "additive" and not trained.about["experiment"]["sampling"]["include_control"]:
+        raise ValueError(
+            "composition='additive' adds to the velocity of the control, which this run never saw as a target "
+            "(sampling.include_control=False). Use composition='joint'."
+        )
     embedding, replaced = {}, {}
     for population in populations:
-        embedding[population], stand_ins = _embedding(trained, population.perturbation, on_unknown, vectors or {})
-        replaced |= stand_ins
+        told = [population.perturbation]
+        if generation.composition == "additive":  # free slots and the last place are the control's
+            singles = [(name,) for name in population.perturbation]
+            told = [*singles, *[()] * (trained.n_slots + 1 - len(singles))]
+        parts, stand_ins = zip(*(_embedding(trained, names, on_unknown, vectors or {}) for names in told), strict=True)
+        embedding[population] = jnp.stack(parts)
+        for some in stand_ins:
+            replaced |= some
+    weights = (1.0,)
+    if generation.composition == "additive":
+        weights = (*([1.0] * trained.n_slots), 1.0 - trained.n_slots)
+    starts_as_control = trained.config.start == "control"
     found = {}
     for population in populations:
         x, n = sources[population.context].x[:, columns], generation.n_cells
+        if starts_as_control:
+            at_least(f"the number of control cells of context {population.context!r}", len(x), 2)
         rng = np.random.default_rng([seed, _number(population)])
         drawn = rng.permutation(len(x))[:n]  # each once; more than there are, again at random
         drawn = np.concatenate([drawn, rng.choice(len(x), n - len(drawn))])
+        shown = (drawn + rng.integers(1, len(x), n)) % len(x) if starts_as_control else drawn
         key = jax.random.fold_in(jax.random.key(seed), _number(population))
         parts = []
         for i, start in enumerate(range(0, n, chunk)):
-            part = drawn[start : start + chunk]
+            part = slice(start, start + chunk)
+            # A short chunk repeats its cells, and drops them.
+            begin, controls = (x[np.resize(rows[part], chunk)] for rows in (drawn, shown))
             cells = _sample(
                 trained.params,
-                jnp.asarray(x[np.resize(part, chunk)]),  # the last chunk repeats its cells, and drops them
+                jnp.asarray(controls),
+                jnp.asarray(begin) if starts_as_control else None,
                 embedding[population],
                 jnp.asarray(tokens),
                 jax.random.fold_in(key, i),
@@ -247,8 +275,9 @@ def generate(
                 solver=generation.solver,
                 n_steps=generation.n_steps,
                 guidance=generation.guidance,
+                weights=weights,
             )
-            parts.append(np.asarray(cells)[: len(part)])
+            parts.append(np.asarray(cells)[: n - start])
         found[population] = Generated(np.concatenate(parts), drawn)
     return found, replaced
 
@@ -266,6 +295,7 @@ def predict(
     solver: Solver | None = None,
     n_steps: int | None = None,
     guidance: float | None = None,
+    composition: Composition | None = None,
     chunk: int = 32,
 ) -> AnnData:
     """Cells of each condition in each context, generated from the control cells of `adata` in that context.
@@ -275,7 +305,8 @@ def predict(
         conditions: as the data of training write them: `B+A`, `ctrl+A` and `A` are understood; any combination of names
             that training saw, in as many slots.
         contexts: where; all that have control cells unless given.
-        n_cells: of each condition and context: n_cells, solver, n_steps and guidance are the run's own unless given.
+        n_cells: of each condition and context; like solver, n_steps, guidance and composition (see `GenerationConfig`)
+            the run's own unless given.
         genes: any of the kept genes, in any order; all of them unless given. The model sees these and no others.
         seed: of noise and of the draw of controls. A condition's cells do not depend on which others are asked for.
         on_unknown: "mean" and "nearest" let others stand for a perturbation that training never saw, and say so in
@@ -293,7 +324,13 @@ def predict(
     import anndata
     import pandas as pd
 
-    given = {"n_cells": n_cells, "solver": solver, "n_steps": n_steps, "guidance": guidance}
+    given = {
+        "n_cells": n_cells,
+        "solver": solver,
+        "n_steps": n_steps,
+        "guidance": guidance,
+        "composition": composition,
+    }
     generation = replace(trained.generation, **{name: value for name, value in given.items() if value is not None})
     asked = _asked(trained, conditions)
     sources = read_sources(trained, adata, contexts)
@@ -342,20 +379,22 @@ def predict(
     return predicted
 
 
-@partial(jax.jit, static_argnames=("config", "solver", "n_steps", "guidance"))
-def _sample(params, source, embedding, genes, key, constants, *, config, solver, n_steps, guidance):
-    perturbation = jnp.broadcast_to(embedding[None], (len(source), len(embedding)))
+@partial(jax.jit, static_argnames=("config", "solver", "n_steps", "guidance", "weights"))
+def _sample(params, source, x0, embedding, genes, key, constants, *, config, solver, n_steps, guidance, weights):
+    perturbation = jnp.broadcast_to(embedding[None], (len(source), *embedding.shape))
     return scdfm.sample(
         params,
         source,
         perturbation,
         genes,
         key,
+        x0=x0,
         constants=constants,
         config=config,
         solver=solver,
         n_steps=n_steps,
         guidance=guidance,
+        weights=weights,
     )
 
 

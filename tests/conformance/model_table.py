@@ -135,7 +135,9 @@ SCDFM = Row(
 )
 SCDFM_VECTORS = replace(
     SCDFM,
-    config=replace(SCDFM.config, perturbation="vector", fusion="perceiver", start="source", dropout=0.1, remat="cells"),
+    config=replace(
+        SCDFM.config, perturbation="vector", fusion="perceiver", start="control", dropout=0.1, remat="cells"
+    ),
     alternatives={},
 )
 

@@ -13,6 +13,7 @@ from tiny_perturbation import EXPERIMENT, GENES, LINES, make_adata
 from scjax.experiment import train
 from scjax.models import scdfm
 from scjax.predict import load, observed_cells, perturbation, predict
+from scjax.predict.perturbation import generate, read_sources
 from scjax.types import Population
 
 ASKED = ["g1+g0", "z+ctrl", "g1"]  # held out, seen, seen; spelled as a user likes
@@ -80,7 +81,7 @@ def test_a_condition_does_not_depend_on_what_else_is_asked_for(perturbation_trai
     assert not np.array_equal(alone.X, other.X)
 
 
-def test_cells_are_what_the_model_samples(perturbation_trained, predicted):
+def test_cells_are_what_the_model_samples(perturbation_trained, predicted, monkeypatch):
     """Each cell alone, by ids in the slots of training, from its own control cell: the program only packs them."""
     trained = perturbation_trained
     adata = make_adata()
@@ -90,12 +91,53 @@ def test_cells_are_what_the_model_samples(perturbation_trained, predicted):
     x = source[[names.get_loc(name) for name in part.obs["source_cell"]]]
     ids = trained.vocabulary.encode([("g0", "g1")] * len(x), "gene", 2)
     tokens = trained.vocabulary.gene_tokens(GENES)
-    # a start from the control cells themselves needs no noise, so that both sides can be given the same
-    config = replace(trained.config, start="source")
+    # Without noise at the start both sides begin at the same place; another alpha, so that no program is at hand.
+    monkeypatch.setattr(scdfm, "_noise", lambda key, source, config: source)
+    config = replace(trained.config, poisson_alpha=0.123)
     x, ids, tokens = map(jax.numpy.asarray, (x, ids, tokens))
-    wanted = scdfm.sample(trained.params, x, ids, tokens, None, constants=trained.constants, config=config, n_steps=3)
+    bound = {"constants": trained.constants, "config": config, "n_steps": 3}
+    wanted = scdfm.sample(trained.params, x, ids, tokens, jax.random.key(0), **bound)
     found = predict(trained._replace(config=config), adata, ["g0+g1"], contexts=["A1"], seed=3)
     np.testing.assert_allclose(found.X, wanted, atol=1e-4)
+
+
+def test_a_start_at_control_cells_shows_the_network_others(perturbation_trained):
+    """Paths begin at the named cell; of the two controls of a context the network sees the other one."""
+    trained = perturbation_trained
+    config = replace(trained.config, start="control")
+    adata = make_adata()
+    controls = np.flatnonzero((adata.obs["condition"] == "ctrl") & (adata.obs["line"] == "A1"))[:2]
+    sources = read_sources(trained, adata[controls])
+    pair = Population(("g0", "g1"), "A1")
+    cells = generate(trained._replace(config=config), sources, [pair], seed=3)[0][pair]
+    x = sources["A1"].x
+    ids = jax.numpy.asarray(trained.vocabulary.encode([("g0", "g1")] * len(cells.x), "gene", 2))
+    begin, shown, tokens = map(
+        jax.numpy.asarray, (x[cells.start], x[1 - cells.start], trained.vocabulary.gene_tokens(GENES))
+    )
+    bound = {"x0": begin, "constants": trained.constants, "config": config, "n_steps": 3}
+    wanted = scdfm.sample(trained.params, shown, ids, tokens, None, **bound)
+    np.testing.assert_allclose(cells.x, wanted, atol=1e-4)
+    lone = {"A1": sources["A1"]._replace(x=x[:1])}
+    with pytest.raises(ValueError, match="control cells of context 'A1' must be at least 2"):
+        generate(trained._replace(config=config), lone, [Population(("g0",), "A1")])
+
+
+def test_composed_combinations_add_up_what_their_parts_do(perturbation_trained, predicted):
+    """A single is what it was; a pair is asked for by its parts; a run that never saw controls as targets refuses."""
+    trained = perturbation_trained
+    settings = {**trained.about["experiment"]}
+    settings["sampling"] = {**settings["sampling"], "include_control": True}
+    knows = trained._replace(about={**trained.about, "experiment": settings})
+    composed = predict(knows, make_adata(), ASKED, seed=3, composition="additive")
+    assert composed.uns["scjax"]["composition"] == "additive"
+    for single in ("z", "g1"):
+        assert np.abs(rows(composed, single, "A1").X - rows(predicted, single, "A1").X).max() < 1e-4
+    assert np.abs(rows(composed, "g0+g1", "A1").X - rows(predicted, "g0+g1", "A1").X).max() > 1e-3
+    without = {**settings, "sampling": {**settings["sampling"], "include_control": False}}
+    blind = trained._replace(about={**trained.about, "experiment": without})
+    with pytest.raises(ValueError, match="never saw as a target"):
+        predict(blind, make_adata(), ASKED, composition="additive")
 
 
 def test_one_program_serves_every_condition_and_number_of_cells(perturbation_trained, predicted):
