@@ -92,9 +92,12 @@ class Config:
     the batch, which is wrong as soon as a batch holds several."""
     dropout: float = 0.1  # of value encoders, gene encoder and adapters, in training only
     start: Literal["gaussian", "poisson", "control"] = "gaussian"
-    """Where a path starts: standard normal noise; log1p of counts drawn around the control cell; a control cell (ours:
-    then the flow only has to move what the perturbation moves). The network is shown another control cell than the one
-    at the start: of start and state together it could read the velocity without learning anything."""
+    """Where a path starts: standard normal noise; log1p of counts drawn around the control cell; a control cell with a
+    little noise (ours: then the flow only has to move what the perturbation moves). The network is shown another
+    control cell than the one at the start: of start and state together it could read the velocity off."""
+    start_noise: float = 0.3
+    """Standard deviation of that little noise, in units of expression. Without any, most genes start at exactly zero,
+    and the velocity of such a gene is its state divided by t: steep near t = 0, and learned from single cells."""
     poisson_alpha: float = 0.8  # counts drawn per count of the control cell
     poisson_target_sum: float | None = None
     """Counts drawn per cell over the genes of a batch, instead of alpha. The reference's default, -1, was taken as a
@@ -135,6 +138,7 @@ class Config:
         one_of("remat", self.remat, ("none", "layers", "cells"))
         probability("dropout", self.dropout)
         probability("condition_dropout", self.condition_dropout)
+        non_negative("start_noise", self.start_noise)
         positive("poisson_alpha", self.poisson_alpha)
         if self.poisson_target_sum is not None:
             positive("poisson_target_sum", self.poisson_target_sum)
@@ -694,8 +698,8 @@ def loss(
 ) -> tuple[Scalar, Metrics]:
     """E |v(x_t, t | source, perturbation) - (x1 - x0)|^2 + gamma MMD^2(x1_hat, x1).
 
-    x0 is drawn as the config's start says; where that is "control" it is the batch's source, whose pairing with the
-    target (a coupling) then matters, and each cell is shown the source of the next one.
+    x0 is drawn as the config's start says; where that is "control" it is near the batch's source, whose pairing
+    with the target (a coupling) then matters, and each cell is shown the source of the next one.
 
     The mean is over cells and genes; MMD^2 is unbiased, under Gaussian kernels whose bandwidths follow the observed
     cells' median distance, between the cells of one population and their one-step endpoints, then averaged over the
@@ -713,7 +717,7 @@ def loss(
     key_start, key_t, key_net = jax.random.split(key, 3)
     if config.objective == "perturbation":
         return _perturbation_loss(params, batch, key_net, constants, config)
-    x0 = batch.source if config.start == "control" else _noise(key_start, batch.source, config)
+    x0 = _start(key_start, batch.source, config)
     if config.start == "control":
         at_least("the number of cells of a population, where start='control'", batch.source.shape[1], 2)
         batch = replace(batch, source=jnp.roll(batch.source, 1, axis=1))
@@ -767,6 +771,7 @@ def sample(
     constants: Constants,
     config: Config,
     x0: Float[Array, "cells genes"] | None = None,
+    begin: Float[Array, "cells genes"] | None = None,
     solver: Solver = "rk4_38",
     n_steps: int = 19,
     tolerance: float = 1e-3,
@@ -781,7 +786,8 @@ def sample(
     Args:
         perturbation, genes: as for `velocity`.
         key: of the start; may be None where x0 is given.
-        x0: the start instead of a drawn one; control cells where config.start is "control".
+        x0: the start itself, instead of a drawn one.
+        begin: the control cells at whose places paths begin, where config.start is "control"; others than `source`.
         solver, n_steps, tolerance: see `processes.flow.integrate`. The published code takes the 3/8 rule on 20 points,
             the paper 100 Euler steps.
         guidance: g of classifier-free guidance, v_hidden + g (v - v_hidden), where v_hidden is told of no perturbation:
@@ -811,11 +817,12 @@ def sample(
             "embedding of a hidden perturbation. Use guidance=1."
         )
     if x0 is None:
-        if config.start == "control":
-            raise ValueError("start='control' begins at control cells: pass them as x0, others than those of source.")
         if key is None:
             raise ValueError(f"start={config.start!r} draws where paths begin: pass a key, or x0.")
-        x0 = _noise(key, source, config)
+        if (begin is None) == (config.start == "control"):
+            what = "at control cells: pass them as begin, others than those of source"
+            raise ValueError(f"start={config.start!r} begins {what if begin is None else 'at noise: leave begin out'}.")
+        x0 = _start(key, source if begin is None else begin, config)
     g, p = _tokens(params, genes, told, constants, None, config)
     if guidance != 1:
         p = jnp.concatenate([p, jnp.broadcast_to(params["mask"][None], (len(source), config.d_model))])
@@ -1069,10 +1076,12 @@ def _perturbation_loss(params, batch, key, constants, config):
     return 1 - cosine, {"cosine": cosine}
 
 
-def _noise(key, source, config) -> Array:
+def _start(key, cells, config) -> Array:
+    """Where paths begin that belong to these control cells."""
     if config.start == "poisson":
-        return poisson_start(key, source, target_sum=config.poisson_target_sum, alpha=config.poisson_alpha)
-    return jax.random.normal(key, source.shape, source.dtype)
+        return poisson_start(key, cells, target_sum=config.poisson_target_sum, alpha=config.poisson_alpha)
+    noise = jax.random.normal(key, cells.shape, cells.dtype)
+    return cells + config.start_noise * noise if config.start == "control" else noise
 
 
 def _cosine(a: Array, b: Array) -> Array:

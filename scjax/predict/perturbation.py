@@ -380,7 +380,7 @@ def predict(
 
 
 @partial(jax.jit, static_argnames=("config", "solver", "n_steps", "guidance", "weights"))
-def _sample(params, source, x0, embedding, genes, key, constants, *, config, solver, n_steps, guidance, weights):
+def _sample(params, source, begin, embedding, genes, key, constants, *, config, solver, n_steps, guidance, weights):
     perturbation = jnp.broadcast_to(embedding[None], (len(source), *embedding.shape))
     return scdfm.sample(
         params,
@@ -388,7 +388,7 @@ def _sample(params, source, x0, embedding, genes, key, constants, *, config, sol
         perturbation,
         genes,
         key,
-        x0=x0,
+        begin=begin,
         constants=constants,
         config=config,
         solver=solver,

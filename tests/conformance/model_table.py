@@ -123,6 +123,7 @@ SCDFM = Row(
         "graph_rows": "first",
         "dropout": 0.2,
         "start": "gaussian",
+        "start_noise": {"start": "control", "start_noise": 0.1},
         "poisson_alpha": 0.5,
         "poisson_target_sum": 100.0,
         "gamma": 0.5,

@@ -92,7 +92,7 @@ def test_cells_are_what_the_model_samples(perturbation_trained, predicted, monke
     ids = trained.vocabulary.encode([("g0", "g1")] * len(x), "gene", 2)
     tokens = trained.vocabulary.gene_tokens(GENES)
     # Without noise at the start both sides begin at the same place; another alpha, so that no program is at hand.
-    monkeypatch.setattr(scdfm, "_noise", lambda key, source, config: source)
+    monkeypatch.setattr(scdfm, "_start", lambda key, cells, config: cells)
     config = replace(trained.config, poisson_alpha=0.123)
     x, ids, tokens = map(jax.numpy.asarray, (x, ids, tokens))
     bound = {"constants": trained.constants, "config": config, "n_steps": 3}
@@ -104,7 +104,7 @@ def test_cells_are_what_the_model_samples(perturbation_trained, predicted, monke
 def test_a_start_at_control_cells_shows_the_network_others(perturbation_trained):
     """Paths begin at the named cell; of the two controls of a context the network sees the other one."""
     trained = perturbation_trained
-    config = replace(trained.config, start="control")
+    config = replace(trained.config, start="control", start_noise=0.0)
     adata = make_adata()
     controls = np.flatnonzero((adata.obs["condition"] == "ctrl") & (adata.obs["line"] == "A1"))[:2]
     sources = read_sources(trained, adata[controls])
