@@ -1,0 +1,203 @@
+"""scDFM on worlds whose answers are known, from an AnnData through a checkpoint to generated cells.
+
+Gaussian shifts: the cells of each condition have the mean and the covariance that they should have. Additive effects
+and epistasis: held-out doubles are told better than by adding up where the training doubles tell how, and nowhere else.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from scjax.data.preprocess import Preprocess
+from scjax.data.sampling import PairedSampling
+from scjax.data.spec import DataSpec
+from scjax.data.splits import HoldOutConditions, HoldOutNone
+from scjax.data.synthetic import AdditiveEpistasis, GaussianShifts
+from scjax.experiment import PerturbationExperiment, train
+from scjax.metrics.perturbation_baselines import fit_baselines
+from scjax.models import scdfm
+from scjax.predict import GenerationConfig, load
+from scjax.predict.perturbation import generate, read_sources
+from scjax.train.optimizers import OptimizerConfig
+from scjax.types import Population
+
+SPEC = DataSpec(space="lognormalised", perturbation="perturbation")
+TINY = scdfm.Config(d_model=32, n_layers=1, n_heads=2, graph_heads=2, dropout=0.0, gamma=0.0)
+EXPERIMENT = PerturbationExperiment(
+    model=TINY,
+    spec=SPEC,
+    split=HoldOutNone(),
+    preprocess=Preprocess(library_size=None, log1p=False, scale=False, n_components=None),
+    sampling=PairedSampling(n_populations=4, n_cells=64, n_genes=None, include_control=True),
+    generation=GenerationConfig(n_cells=1000, solver="tsit5"),
+    optimizer=OptimizerConfig(learning_rate=3e-3, schedule="cosine", clip_norm=1.0),
+    n_steps=2000,
+    scan_steps=50,
+    ema_decay=0.995,
+    log_every=500,
+)
+
+
+def population_of(condition):
+    return Population(() if condition == "control" else tuple(condition.split("+")))
+
+
+def generated(trained, adata, conditions, **generation):
+    """Cells of each condition, in float64; conditions have noise of their own."""
+    settings = replace(trained.generation, **generation)
+    sources = read_sources(trained, adata)
+    populations = [population_of(condition) for condition in conditions]
+    found, _ = generate(trained, sources, populations, generation=settings, chunk=250)
+    return {c: found[p].x.astype(np.float64) for c, p in zip(conditions, populations, strict=True)}
+
+
+# ---------------------------------------------------------------- Gaussian shifts
+
+
+def deviations(x, mean, covariance):
+    """Of the sample's mean and covariance from the true ones, entry by entry, in standard errors of a sample of so many
+    independent cells: sqrt(S_ii / n), and sqrt((S_ii S_jj + S_ij^2) / (n - 1)) for Gaussians.
+    """
+    n, variance = len(x), np.diag(covariance)
+    of_mean = (x.mean(0) - mean) / np.sqrt(variance / n)
+    error = np.sqrt((np.outer(variance, variance) + covariance**2) / (n - 1))
+    return of_mean, (np.cov(x.T) - covariance) / error
+
+
+def check_gaussians(world, experiment, folder):
+    """All means and all (co)variances of all conditions within 4 standard errors.
+
+    The largest of so many is meant. Of 4 conditions on 4 genes, 16 means and 40 (co)variances, real cells go beyond in
+    one draw of 200, and the largest is 2.4 in the median. The cells of training are four times as many as those
+    generated, so that what training cannot know is half a standard error.
+    """
+    adata = world.simulate(seed=1, n_cells=4 * experiment.generation.n_cells).to_anndata()
+    train(experiment, adata, folder)
+    cells = generated(load(folder), adata, world.conditions)
+    worst = {}
+    for condition, x in cells.items():
+        found = deviations(x, world.mean(condition), world.covariance(condition))
+        worst[condition] = tuple(float(np.abs(z).max()) for z in found)
+        error, ratio = x.mean(0) - world.mean(condition), np.var(x, axis=0) / np.diag(world.covariance(condition))
+        print(f"\n{condition}: worst mean and covariance {np.round(worst[condition], 2)} standard errors")  # noqa: T201
+        print(f"error of the mean {error.round(3)}, ratio of the variances {ratio.round(2)}")  # noqa: T201
+    assert np.max(list(worst.values())) < 4, worst
+    return cells
+
+
+def assert_that_wrong_cells_would_fail(world, cells):
+    """Cells of another condition, and genes that do not know of each other."""
+    first, second = world.conditions[1:3]
+    of_mean, _ = deviations(cells[second], world.mean(first), world.covariance(first))
+    assert np.abs(of_mean).max() > 8
+    rng = np.random.default_rng(0)
+    independent = np.stack([rng.permutation(column) for column in cells[first].T], axis=1)
+    _, of_covariance = deviations(independent, world.mean(first), world.covariance(first))
+    assert np.abs(of_covariance).max() > 8
+
+
+def test_gaussian_of_each_condition(tmp_path):
+    world = GaussianShifts(n_genes=3, n_perturbed=2)
+    experiment = replace(
+        EXPERIMENT,
+        sampling=replace(EXPERIMENT.sampling, n_populations=3),
+        optimizer=replace(EXPERIMENT.optimizer, learning_rate=5e-3),
+        n_steps=600,
+        ema_decay=0.99,  # forgets the first values within the run
+        generation=replace(EXPERIMENT.generation, n_cells=500),
+    )
+    assert_that_wrong_cells_would_fail(world, check_gaussians(world, experiment, tmp_path / "run"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_gaussian_of_each_of_four_conditions(tmp_path, seed):
+    world = GaussianShifts(n_genes=4, n_perturbed=3)
+    experiment = replace(EXPERIMENT, seed=seed)
+    assert_that_wrong_cells_would_fail(world, check_gaussians(world, experiment, tmp_path / "run"))
+
+
+# ---------------------------------------------------------------- additive effects and epistasis
+
+N_HELD_OUT = 12  # of 45 doubles
+KINDS = ("none", "learnable", "random")
+
+
+def errors_on_held_out_doubles(kind, folder):
+    """For each way to predict: the distance of the predicted mean from the true one, in each of the held-out doubles.
+
+    "additive" adds up the mean effects of the training singles, "joint" is the network told of both perturbations,
+    "composed" the control's velocity and what each perturbation alone adds to it.
+    """
+    world = AdditiveEpistasis(epistasis=kind, n_genes=10, n_perturbed=10)
+    doubles = [c for c in world.conditions if "+" in c]
+    held_out = tuple(np.random.default_rng(3).permutation(doubles)[:N_HELD_OUT].tolist())
+    adata = world.simulate(seed=1, n_cells=200).to_anndata()
+    experiment = replace(
+        EXPERIMENT,
+        model=replace(TINY, fusion="differential_transformer", perturbation="table"),
+        split=HoldOutConditions(conditions=held_out),
+        sampling=replace(EXPERIMENT.sampling, n_populations=8, n_cells=12),
+        generation=GenerationConfig(n_cells=1000, n_steps=8),
+        n_steps=1600,
+    )
+    run = train(experiment, adata, folder)
+    assert set(run.data.split.test) == set(map(population_of, held_out))
+    controls = run.data.controls().mean(0)
+    baselines = fit_baselines({p: run.data.cells(p) for p in run.data.split.train})
+    trained = load(folder)
+    means = {
+        "additive": {c: controls + baselines.predict(population_of(c))["additive"].delta for c in held_out},
+        "joint": mean_of_each(generated(trained, adata, held_out)),
+        "composed": mean_of_each(generated(trained, adata, held_out, composition="additive")),
+    }
+    errors = {
+        way: np.array([np.linalg.norm(m - world.mean(c)) for c, m in found.items()]) for way, found in means.items()
+    }
+    for way, error in errors.items():
+        print(f"\n{kind}, {way}: mean {error.mean():.3f}; {error.round(2)}")  # noqa: T201
+    return errors
+
+
+def mean_of_each(cells):
+    return {condition: x.mean(0) for condition, x in cells.items()}
+
+
+@pytest.fixture(scope="module")
+def errors(tmp_path_factory):
+    """Of each kind of epistasis; trained once."""
+    return {kind: errors_on_held_out_doubles(kind, tmp_path_factory.mktemp(kind) / "run") for kind in KINDS}
+
+
+@pytest.mark.slow
+def test_epistasis_that_can_be_learned_is_learned(errors):
+    """All interactions have length 1, which is what adding up misses. Composed of its parts, a double misses it too."""
+    found = errors["learnable"]
+    assert found["joint"].mean() < 0.7 * found["additive"].mean()
+    assert np.sum(found["joint"] < found["additive"]) >= N_HELD_OUT - 2  # by chance: once in 50
+    assert 0.8 < found["composed"].mean() / found["additive"].mean() < 1.1
+
+
+@pytest.mark.slow
+def test_without_epistasis_composing_adds_up(errors):
+    """A double moves the cells by sqrt(2) on average. Adding up is right and misses by the noise of its means alone.
+
+    The velocity towards a Gaussian is linear in its mean, so that adding up velocities adds up effects. The network
+    told of both perturbations has to learn that from 33 doubles; it is better than no prediction, and worse than this.
+    """
+    found = errors["none"]
+    assert found["composed"].mean() < found["additive"].mean() + 0.1
+    assert found["composed"].max() < 0.3
+    assert found["composed"].mean() < found["joint"].mean() < 0.5
+
+
+@pytest.mark.slow
+def test_no_method_learns_random_epistasis(errors):
+    """Interactions that nothing tells: adding up misses all of their length 1; a model that is better has seen them.
+
+    A made-up interaction of the same length would give sqrt(2).
+    """
+    found = errors["random"]
+    assert 0.85 < found["composed"].mean() / found["additive"].mean() < 1.1
+    assert 0.85 < found["joint"].mean() / found["additive"].mean() < 1.4
