@@ -46,15 +46,15 @@ def config_from_torch(state: Mapping[str, np.ndarray], **known: Any) -> Config:
     Raises:
         ValueError: no scDFM state dict.
     """
-    needed = ("encoder.embedding.weight", "blocks.0.adaLN_modulation.1.weight", "t_embedder.mlp.0.weight")
-    differential = any(name.startswith("blocks.0.diff_") for name in state)
-    if needed[0] not in state or needed[2] not in state:
-        missing = [name for name in (needed[0], needed[2]) if name not in state]
+    needed = ["encoder.embedding.weight", "t_embedder.mlp.0.weight"]
+    if known.get("perturbation") == "table":
+        needed.append("perturbation_embedder.embedding.weight")
+    if missing := [name for name in needed if name not in state]:
         raise ValueError(
             f"the state dict is not one of scDFM: it lacks {', '.join(missing)}. "
             f"It has: {', '.join(sorted(state)[:10]) or 'nothing'}{', ...' if len(state) > 10 else ''}."
         )
-    if differential:
+    if any(name.startswith("blocks.0.diff_") for name in state):
         fusion = "differential_perceiver"
     else:
         fusion = "perceiver" if "blocks.0.ln_z1.weight" in state else "differential_transformer"
@@ -67,7 +67,7 @@ def config_from_torch(state: Mapping[str, np.ndarray], **known: Any) -> Config:
         "fusion": fusion,
     }
     if known.get("perturbation") == "table":
-        found["n_perturbations"] = int(state["perturbation_embedder.embedding.weight"].shape[0])
+        found["n_perturbations"] = int(state[needed[2]].shape[0])
     return Config(**(found | known))
 
 
@@ -105,6 +105,7 @@ class Reader:
         value = np.asarray(self.left.pop(name))
         if value.shape != shape:
             self.misfits.append(f"{name} has the shape {value.shape}; wanted {shape}")
+            return np.zeros(shape, value.dtype)  # so that the reading goes on, and lists what else is wrong
         return value
 
     def linear(self, name: str, n_in: int | None = None, n_out: int | None = None, *, bias: bool = True) -> Params:

@@ -121,6 +121,9 @@ def test_clipping_comes_before_the_moments():
             {"schedule": "cosine", "final_fraction": 0.2, "n_warmup": 2},
             [1 / 3, 2 / 3, *(0.2 + 0.4 * (1 + np.cos(np.pi * i / 4)) for i in range(5))],
         ),
+        ({"schedule": "cosine", "cosine_updates": 3}, [1, 0.75, 0.25, 0, 0.25, 0.75, 1]),  # and up again
+        ({"schedule": "cosine", "cosine_updates": 2, "final_fraction": 0.2}, [1, 0.6, 0.2, 0.6, 1, 0.6, 0.2]),
+        ({"schedule": "cosine", "cosine_updates": 2, "n_warmup": 2}, [1 / 3, 2 / 3, 1, 0.5, 0, 0.5, 1]),
     ],
 )
 def test_learning_rates(settings, expected):
@@ -181,6 +184,16 @@ def test_the_end_of_the_cosine_is_no_dead_knob():
     assert np.abs(low - high).max() > 1e-5
 
 
+def test_a_cosine_of_a_given_length_does_not_depend_on_the_run_s():
+    """And where that length is the run's own, it is the plain cosine."""
+    config = OptimizerConfig(schedule="cosine", cosine_updates=6, learning_rate=0.3)
+    short, long = (learning_rate(config, n) for n in (7, 700))
+    plain = learning_rate(replace(config, cosine_updates=None), 7)
+    for i in range(7):
+        assert short(i) == long(i)
+        np.testing.assert_allclose(short(i), plain(i), rtol=1e-5, atol=1e-8)
+
+
 def test_config_survives_json_and_overrides():
     config = OptimizerConfig(schedule="cosine", final_fraction=0.1, clip_norm=None)
     assert from_dict(OptimizerConfig, to_dict(config)) == config
@@ -196,6 +209,8 @@ def test_config_survives_json_and_overrides():
         ({"decay_every": 0}, "decay_every must be at least 1; got 0"),
         ({"decay_factor": 0.0}, "decay_factor must be a positive"),
         ({"schedule": "cosine", "final_fraction": -0.1}, "final_fraction must be zero or"),
+        ({"schedule": "cosine", "cosine_updates": 0}, "cosine_updates must be at least 1; got 0"),
+        ({"cosine_updates": 5}, "cosine_updates is of schedule='cosine' and does nothing with 'step'"),
         ({"final_fraction": 0.1}, "final_fraction is of schedule='cosine' and does nothing with 'step'"),
         ({"schedule": "cosine", "decay_every": 5}, "decay_every is of schedule='step'"),
         ({"schedule": "constant", "decay_factor": 0.5}, "decay_factor is of schedule='step'"),
