@@ -108,11 +108,11 @@ def test_gaussian_of_each_condition(tmp_path):
     world = GaussianShifts(n_genes=3, n_perturbed=2)
     experiment = replace(
         EXPERIMENT,
+        model=replace(TINY, fusion="differential_transformer"),
         sampling=replace(EXPERIMENT.sampling, n_populations=3),
-        optimizer=replace(EXPERIMENT.optimizer, learning_rate=5e-3),
-        n_steps=600,
-        ema_decay=0.99,  # forgets the first values within the run
         generation=replace(EXPERIMENT.generation, n_cells=500),
+        n_steps=1000,
+        ema_decay=0.99,
     )
     cells = generated_gaussians(world, experiment, tmp_path / "run")
     assert largest_deviation(world, cells) < 4
