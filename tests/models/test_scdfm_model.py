@@ -165,11 +165,11 @@ def test_any_list_of_genes(n_genes):
 
 def test_a_cell_does_not_see_the_others():
     """Bit for bit: other states, controls and perturbations beside it are as good as none."""
-    params, x, source = params_of(DEEP), states(), cells()
-    v = v_of(params, DEEP)
+    params, x, source = params_of(TINY), states(), cells()
+    v = v_of(params, TINY)
     others = v_of(
         params,
-        DEEP,
+        TINY,
         x=x.at[1:].set(9),
         t=times().at[1:].set(0),
         source=source.at[1:].set(4),
@@ -185,7 +185,7 @@ def test_a_cell_does_not_see_the_others():
 @pytest.mark.parametrize("perturbation", ["gene", "table", "vector"])
 def test_tokens_once_a_batch_are_tokens_of_each_cell(perturbation):
     """Gene tokens, their modulations and the perturbations, made anew for every cell as in the reference."""
-    config = replace(DEEP, perturbation=perturbation)
+    config = DEEP if perturbation == "gene" else replace(TINY, perturbation=perturbation)
     ids = PERTURBATION if perturbation == "gene" else jnp.array([[1, 0], [2, 0], [3, 1], [0, 0]], jnp.int32)
     params = params_of(config)
 
@@ -583,10 +583,10 @@ def test_a_combination_is_composed_of_its_parts():
 
 def test_bfloat16_computes_near_float32_and_keeps_float32_outside():
     """Roundings of 2^-9 each, some twenty in a row: the velocity is within 5% of its root mean square."""
-    half = replace(DEEP, compute_dtype="bfloat16")
+    half = replace(TINY, compute_dtype="bfloat16")
     params = params_of(half)
     assert {p.dtype for p in jax.tree.leaves(params)} == {jnp.dtype("float32")}
-    v, rough = v_of(params, DEEP), v_of(params, half)
+    v, rough = v_of(params, TINY), v_of(params, half)
     assert rough.dtype == jnp.float32
     distance = float(jnp.sqrt(jnp.mean((rough - v) ** 2) / jnp.mean(v**2)))
     assert 1e-5 < distance < 0.05, distance
