@@ -75,7 +75,7 @@ def neighbours(pattern: np.ndarray) -> np.ndarray:
     return table
 
 
-def train_scjax(batch_size: int, *, remat: bool = False) -> Job:
+def train_scjax(batch_size: int, *, remat: str = "layers") -> Job:
     import jax
     import jax.numpy as jnp
 
@@ -106,7 +106,7 @@ def train_scjax(batch_size: int, *, remat: bool = False) -> Job:
 
 
 def train_scjax_remat(batch_size: int) -> Job:
-    return train_scjax(batch_size, remat=True)
+    return train_scjax(batch_size, remat="cells")
 
 
 def train_peer(batch_size: int) -> Job:
@@ -176,7 +176,7 @@ def memory(batch_size: int, d_model: int) -> Memory:
 
     from scjax.train.state import init_state
 
-    model, tx, update = _training(_config(d_model, remat=True), neighbours(allowed()))
+    model, tx, update = _training(_config(d_model, remat="cells"), neighbours(allowed()))
     state = jax.eval_shape(lambda: init_state(model.init(jax.random.key(0)), tx, jax.random.key(1)))
     one = jax.ShapeDtypeStruct((), jnp.int32)
     compiled = update.lower(state, jax.eval_shape(lambda: _chunk(batch_size, 1)), one, one).compile()
@@ -189,7 +189,7 @@ def memory(batch_size: int, d_model: int) -> Memory:
     return Memory(compiled.memory_analysis(), run, settings=_settings(model.config))
 
 
-def _config(d_model: int, *, remat: bool = False):
+def _config(d_model: int, *, remat: str = "none"):
     from scjax.models import scdfm
 
     return scdfm.Config(n_tokens=N_TOKENS, d_model=d_model, n_layers=N_LAYERS, n_heads=N_HEADS, remat=remat)

@@ -102,7 +102,9 @@ class Config:
     poisson_target_sum: float | None = None
     """Counts drawn per cell over the genes of a batch, instead of alpha. The reference's default, -1, was taken as a
     target and made every rate 1e-8: all starts were zero."""
-    gamma: float = 0.5  # weight of the MMD; 0 leaves it out
+    gamma: float = 0.5
+    """Weight of the MMD; 0 leaves it out. The endpoint that it compares is a conditional mean, narrower than the cells:
+    a large weight widens what is generated (Gaussians of the tests, in variance: 8 % at 0.5, 1.6 % at 0.1)."""
     condition_dropout: float = 0.0
     """Chance that training hides a population's perturbation, for classifier-free guidance; not in the reference."""
     objective: Literal["velocity", "perturbation"] = "velocity"
@@ -688,6 +690,7 @@ def velocity(
         ValueError: shapes that do not fit each other or the config.
     """
     _check_shapes(x_t, t, source, perturbation, genes, constants, config)
+    _check_rows(perturbation, x_t)
     key_tokens, key_cells = (None, None) if key is None else jax.random.split(key)
     g, p = _tokens(params, genes, perturbation, constants, key_tokens, config)
     return _velocity(params, x_t, t, source, p, g, key_cells, config)
@@ -811,6 +814,7 @@ def sample(
         )
     told = jnp.swapaxes(parts, 0, 1).reshape(-1, parts.shape[2])
     _check_shapes(source, source[:, 0], source, parts[:, 0], genes, constants, config)
+    _check_rows(perturbation, source)
     if guidance != 1 and "mask" not in params:
         raise ValueError(
             f"guidance={guidance} needs a model that was trained with condition_dropout above 0; this one has no "
@@ -1108,4 +1112,12 @@ def _check_shapes(x, t, source, perturbation, genes, constants, config) -> None:
         got = None if constants.vectors is None else constants.vectors.shape
         raise ValueError(
             f"perturbation='vector' needs constants.vectors of n_vector={config.n_vector} features; {got}."
+        )
+
+
+def _check_rows(perturbation, cells) -> None:
+    if len(perturbation) != len(cells):
+        raise ValueError(
+            f"perturbation must have a row for each of the {len(cells)} cells; got {len(perturbation)}. "
+            "Repeat the one row of a population."
         )

@@ -34,8 +34,9 @@ def merge_heads(x: Float[Array, "heads n head_features"]) -> Float[Array, "n fea
 def attention_logits(
     q: Float[Array, "heads n d"], k: Float[Array, "heads m d"], *, exclude_self: bool = False
 ) -> Float[Array, "heads n m"]:
-    """q_i . k_j / sqrt(d) for receiver i and sender j; -inf where a member would attend to itself."""
-    logits = jnp.einsum("hid,hjd->hij", q * q.shape[-1] ** -0.5, k)
+    """q_i . k_j / sqrt(d) for receiver i and sender j, in float32 or more; -inf where one would attend to itself."""
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    logits = jnp.einsum("hid,hjd->hij", q * q.shape[-1] ** -0.5, k, preferred_element_type=wide)
     if exclude_self:
         # Written into the diagonal: a mask of the whole matrix costs a tenth of all attention on a CPU.
         i = jnp.arange(min(q.shape[1], k.shape[1]))
@@ -60,8 +61,9 @@ def attend(
 ) -> Float[Array, "heads n d"]:
     """Each receiver's weighted mean of the senders' values, under `attention_weights`.
 
-    With a key, weights are set to zero with chance `dropout_rate`, rounded as `dropout.keep_mask` does, and the others
-    divided by the chance to stay.
+    Exponentials and sums are float32 or more, whatever the dtype of the arguments; the result has that of `v`. With a
+    key, weights are set to zero with chance `dropout_rate`, rounded as `dropout.keep_mask` does, and the others divided
+    by the chance to stay.
 
     Reference: Vaswani et al., NeurIPS 2017, eq. 1.
     """
@@ -69,11 +71,11 @@ def attend(
     # Dividing n x d results instead of n x m weights saves two passes over the largest array there is.
     if key is None or dropout_rate == 0:
         with_total = jnp.einsum("hij,hjd->hid", weights, jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1))
-        return with_total[..., :-1] / _or_one(with_total[..., -1:])
+        return (with_total[..., :-1] / _or_one(with_total[..., -1:])).astype(v.dtype)
     total = weights.sum(axis=-1, keepdims=True)
     keep, chance = keep_mask(key, weights.shape, dropout_rate)
     received = jnp.einsum("hij,hjd->hid", jnp.where(keep, weights, 0), v)
-    return received / _or_one(total * chance)
+    return (received / _or_one(total * chance)).astype(v.dtype)
 
 
 def unnormalised_weights(logits: Float[Array, "heads n m"]) -> Float[Array, "heads n m"]:
