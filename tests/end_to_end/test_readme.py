@@ -15,12 +15,15 @@ def blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.M | re.S)
 
 
-def test_library_example():
-    (example,) = blocks("python")
+def test_library_examples():
+    series, perturbation = blocks("python")
     names = {}
-    exec(example, names)  # the reader's own paste
+    exec(series, names)  # the reader's own paste
     assert names["path"].x.shape == (3, *names["x0"].shape)
     assert names["v"].shape == names["x0"].shape
+    exec(perturbation, names := {})
+    assert names["cells"].shape == names["controls"].shape
+    assert (names["cells"] >= 0).all()
 
 
 def commands_of(file):

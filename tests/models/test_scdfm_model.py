@@ -320,6 +320,21 @@ def test_the_loss_is_loss_at_its_draws():
     assert_differ(loss_at(params, batch, x0, t, config=config)[0], want[0])  # without a key nothing drops
 
 
+def test_a_start_at_control_cells_shows_the_network_the_next_one():
+    """Paths begin near the source, with noise of the given size; what the network sees is the source rolled by one."""
+    config = replace(TINY, start="control", start_noise=0.2, dropout=0.0)
+    params, batch, key = params_of(config), a_batch(), jax.random.key(9)
+    key_start, key_t, key_net = jax.random.split(key, 3)
+    x0 = batch.source + 0.2 * jax.random.normal(key_start, batch.source.shape)
+    t = jax.random.uniform(key_t, batch.source.shape[:2])
+    shown = replace(batch, source=jnp.roll(batch.source, 1, axis=1))
+    got, want = loss(params, batch, key, config=config), loss_at(params, shown, x0, t, key_net, config=config)
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
+    assert_differ(loss_at(params, batch, x0, t, key_net, config=config)[0], want[0])
+    with pytest.raises(ValueError, match="number of cells of a population, where start='control' must be at least 2"):
+        scdfm.loss(params, a_batch(n_cells=1), key, constants=CONSTANTS, config=replace(config, gamma=0.0))
+
+
 def _gradients(config):
     """Of the loss without a key, beside its value: a function of the parameters."""
     batch = a_batch()
