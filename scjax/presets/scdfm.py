@@ -112,9 +112,9 @@ PRESETS = {
             optimizer=OptimizerConfig(
                 learning_rate=4e-3, schedule="cosine", final_fraction=0.01, n_warmup=20, clip_norm=1.0
             ),
-            n_steps=1200,
+            n_steps=600,
             ema_decay=0.99,
-            checkpoint_every=400,
+            checkpoint_every=300,
         ),
         command="scjax demo scdfm, or scjax train --preset scdfm/norman_subset --data norman2019.h5ad --out runs/first",
         cost="to be measured",
