@@ -5,6 +5,7 @@ READY := $(VENV)/.ready
 .PHONY: help demo test test-slow lint clean
 help:
 	@echo "make demo       fit scIMF to a shipped time series, predict a held-out day, write table and figures"
+	@echo "                (then $(VENV)/bin/scjax demo scdfm: held-out pairs of perturbations)"
 	@echo "make test       run the tests (make test-slow: the long ones)"
 	@echo "make lint       ruff"
 	@echo "PYTHON=/path/to/python make ...   sets up with that interpreter"

@@ -104,7 +104,7 @@ SCDFM = Row(
         n_heads=2,
         graph_heads=2,
         gamma=0.7,
-        condition_dropout=0.6,
+        condition_dropout=0.85,  # with the battery's key one of the two populations is hidden
         start="poisson",
     ),
     batch_at=populations,
