@@ -127,16 +127,22 @@ PRESETS = {
         summary="K562 under CRISPR activation, 18 genes and 15 pairs x 500 genes; ships with scjax (Norman 2019)",
         experiment=_SUBSET,
         command="scjax demo scdfm, or scjax train --preset scdfm/norman_subset --data norman2019.h5ad --out runs/first",
-        cost="to be measured",
-        expected="to be measured",
+        cost="120 s of training on 2 CPU cores, and as long to generate 200 cells of each of 5 pairs",
+        expected=(
+            "one seed, measured: Pearson of deltas 0.867 (additive 0.870, real to real 0.893), L2 of means 0.477 "
+            "(additive 0.446), energy distance 0.105 (additive 0.076): near the additive rule, not ahead of it"
+        ),
         source="ours; chosen by hand while scores of the held-out pairs were looked at, so not blind to them",
     ),
     "kang": Preset(
         summary="Blood cells under interferon beta, 5 cell types (Kang 2018, GSE96583); one type's response held out",
         experiment=_KANG,
         command="scjax train --preset scdfm/kang --data kang.h5ad --out runs/kang --split.value 'B cells'",
-        cost="to be measured",
-        expected="to be measured",
+        cost="4 min of training on one CPU core",
+        expected=(
+            "one seed, measured: R2 of means 0.942 (B), 0.829 (CD14+ monocytes), 0.959 (CD4 T); the shift rule has "
+            "0.928, 0.792, 0.927; energy distance 1.11, 2.36, 0.79 against 1.33, 2.93, 1.22"
+        ),
         source="ours; chosen by hand, with a look at one type's scores (CD14+ monocytes)",
     ),
     "norman_additive": Preset(
