@@ -178,7 +178,7 @@ def _finish_perturbations(
     trained = load(runs[_SCDFM][0])
     split = trained.split
     # Fewer cells than the table has: generating them is half of the demo's time.
-    predicted = predict(trained, adata, [p.condition for p in split.test], n_cells=64)
+    predicted = predict(trained, adata, [p.condition for p in split.test], n_cells=min(64, trained.generation.n_cells))
     predicted.write_h5ad(out / "predictions.h5ad")
     real, training = observed_cells(trained, adata, split.test), observed_cells(trained, adata, split.train)
     control = next(x for p, x in training.items() if p.is_control)
