@@ -50,3 +50,26 @@ class PairedBatch:
     target: Any
     perturbation: Any
     genes: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class CellSetBatch:
+    """Sets of cells, each drawn from one population, with control cells and what is known about the set.
+
+    Attributes:
+        cells: float[sets, cells, genes], log-normalised.
+        control: float[sets, cells, genes], control cells of the same context; row j has no relation to row j of `cells`.
+        covariates: ids by name ("perturbation", "cell_type", "batch", "dose"): int[sets] where it is one for the whole
+            set, int[sets, cells] where it changes from cell to cell. 0 is the control's perturbation.
+        mask: bool[sets, cells], True for a cell of the data, False for filler that repeats one.
+        space: int[sets] or None, the gene space that a set comes from, where several share one model.
+        measured: bool[sets, genes] or None, the genes that the set's data measured; None: all.
+    """
+
+    cells: Any
+    control: Any
+    covariates: Any
+    mask: Any
+    space: Any = None
+    measured: Any = None
