@@ -32,7 +32,8 @@ _LARGEST_LOG = 20.0  # log1p of five hundred million: no log-normalised value is
 
 @dataclass(frozen=True, kw_only=True)
 class DataSpec:
-    """The roles of the parts of an AnnData. A time series names `time`, perturbation data name `perturbation`.
+    """The roles of the parts of an AnnData. A time series names `time`, perturbation data name `perturbation`; data of
+    neither kind, whose cells are only known by their type and donor, name `cell_type` or `batch`.
 
     Attributes:
         expression: where the numbers are: "X", "layers/<name>" or "obsm/<name>".
@@ -40,39 +41,48 @@ class DataSpec:
             "latent" (any real coordinates). It is never guessed.
         time: the obs column of sampling times: numbers in one unit, equal for cells that were sampled together.
         cell_type: the obs column of cell types, where there is one.
+        batch: the obs column of what was measured together, a technical batch or a donor, where there is one.
         perturbation: the obs column of what was done, several names joined by `separator` (`A+B`, `A+ctrl`, `ctrl`); or
             several columns with one name each. The order of names does not matter.
         control: the names that mean that nothing was done.
         separator: between names in one column.
         dose: the obs column of doses, positive numbers, one a cell or one a name joined like the names; as many columns
             as `perturbation` has. A perturbation is then `name@dose`. Controls have none, whatever is there.
-        covariates: the obs columns (cell type, line, batch) within whose combinations controls are matched.
+        covariates: the obs columns (cell type, line, batch) within whose combinations controls are matched, and whose
+            values make the contexts of populations.
         vectors: the key of adata.uns that holds an external vector for each perturbation: a DataFrame with a row a
             name, or a dict. A dose is part of the name.
+        cell_type_vectors: the key of adata.uns that holds an external vector for each cell type, of the same form.
     """
 
     expression: str = "X"
     space: Space
     time: str | None = None
     cell_type: str | None = None
+    batch: str | None = None
     perturbation: str | tuple[str, ...] | None = None
     control: str | tuple[str, ...] = (CONTROL, "ctrl")
     separator: str = "+"
     dose: str | tuple[str, ...] | None = None
     covariates: tuple[str, ...] = ()
     vectors: str | None = None
+    cell_type_vectors: str | None = None
 
     def __post_init__(self):
         one_of("space", self.space, ("counts", "lognormalised", "latent"))
         place, _, name = self.expression.partition("/")
         if not (self.expression == "X" or (place in ("layers", "obsm") and name)):
             raise ValueError(f"expression must be 'X', 'layers/<name>' or 'obsm/<name>'; got {self.expression!r}.")
-        if self.time is None and not self.perturbation:
+        if self.time is None and not self.perturbation and self.cell_type is None and self.batch is None:
             raise ValueError(
-                "A DataSpec must name the obs column of time (a time series) or of perturbation; both are missing."
+                "A DataSpec must name the obs column of time (a time series) or of perturbation; both are missing. Cells "
+                "without either need cell_type or batch."
             )
+        if self.cell_type_vectors is not None and self.cell_type is None:
+            raise ValueError("cell_type_vectors belong to cell types, but cell_type=None names no column.")
         if self.perturbation is None:
-            given = [role for role in ("dose", "covariates", "vectors") if getattr(self, role)]
+            roles = ("dose", "vectors") if self.is_unperturbed else ("dose", "covariates", "vectors")
+            given = [role for role in roles if getattr(self, role)]
             if given:
                 raise ValueError(f"{', '.join(given)} belong to perturbations, but perturbation=None names no column.")
         if not self.separator.strip():
@@ -94,16 +104,34 @@ class DataSpec:
     def control_names(self) -> tuple[str, ...]:
         return (self.control,) if isinstance(self.control, str) else self.control
 
-    def check(self, adata: AnnData, *, min_times: int = 2, min_cells: int = 2) -> None:
+    @property
+    def is_unperturbed(self) -> bool:
+        """Neither times nor perturbations: all that is known of a cell is its type, its batch, its covariates."""
+        return self.time is None and self.perturbation is None
+
+    def check(
+        self,
+        adata: AnnData,
+        *,
+        min_times: int = 2,
+        min_cells: int = 2,
+        every_context: bool = True,
+        every_role: bool = False,
+    ) -> None:
         """Nothing, or one ValueError that lists every problem of `adata` under this spec, each with its mend.
 
         `min_times`: training needs two times, a prediction starts from one (whose cells may then be single).
         `min_cells`: training needs two cells of each population; a prediction, 0, looks for control cells only.
+        `every_context`: each context needs control cells; without it some may lack them, and all cells may be controls.
+        `every_role`: the batch and the vectors of cell types are needed too; else nobody looks at them.
         """
         problems = [
             *(_time_problems(self, adata, min_times) if self.time is not None else ()),
-            *_cell_type_problems(self, adata),
-            *(_perturbation_problems(self, adata, min_cells) if self.perturbation is not None else ()),
+            *_role_problems("cell_type", self.cell_type, adata),
+            *(_role_problems("batch", self.batch, adata) if every_role else ()),
+            *(_cell_type_vector_problems(self, adata) if every_role else ()),
+            *(_perturbation_problems(self, adata, min_cells, every_context) if self.perturbation is not None else ()),
+            *(_covariate_problems(self, adata) if self.is_unperturbed else ()),
             *_expression_problems(self, adata),
         ]
         if problems:
@@ -134,7 +162,8 @@ class DataSpec:
         return tuple(sorted({spelling for i, spelling in enumerate(cells.spellings) if cells.is_sound(i)}))
 
     def read_populations(self, adata: AnnData) -> tuple[tuple[Population, ...], Int[np.ndarray, " cells"]]:
-        """The populations, sorted (controls first), and the index among them of each cell.
+        """The populations, sorted (controls first), and the index among them of each cell. Cells of an unperturbed
+        spec are all of the perturbation (), in their contexts.
 
         Raises:
             ValueError: what `check` lists, the first of it.
@@ -166,13 +195,13 @@ class DataSpec:
         """
         if self.vectors is None:
             return {}
-        if self.vectors not in adata.uns:
-            known = [str(k) for k in adata.uns]
-            raise ValueError(
-                f"vectors names a key of adata.uns; {self.vectors!r} is not one.{suggestion(self.vectors, known)} "
-                f"It has: {', '.join(known) or 'none'}."
-            )
-        return _vectors(self.vectors, adata.uns[self.vectors])
+        return _vectors(self.vectors, _uns("vectors", self.vectors, adata), "perturbation")
+
+    def read_cell_type_vectors(self, adata: AnnData) -> dict[str, Float[np.ndarray, " features"]]:
+        """The external vectors of cell types by name; {} where the spec names none. Raises as `read_vectors`."""
+        if self.cell_type_vectors is None:
+            return {}
+        return _vectors(self.cell_type_vectors, _uns("cell_type_vectors", self.cell_type_vectors, adata), "cell_type")
 
     def parse_condition(self, name: str) -> tuple[str, ...]:
         """The parts of a condition as a user writes it (`B+A`, `ctrl+A`, `JQ1@0.50`), as `Population` has them.
@@ -262,29 +291,53 @@ def _time_problems(spec: DataSpec, adata: AnnData, min_times: int) -> Iterator[s
         )
 
 
-def _cell_type_problems(spec: DataSpec, adata: AnnData) -> Iterator[str]:
-    if spec.cell_type is None:
+def _role_problems(role: str, key: str | None, adata: AnnData) -> Iterator[str]:
+    if key is None:
         return
     try:
-        column("cell_type", spec.cell_type, adata.obs)
+        column(role, key, adata.obs)
     except ValueError as err:
         yield str(err)
         return
-    missing = int(adata.obs[spec.cell_type].isna().sum())
+    missing = int(adata.obs[key].isna().sum())
     if missing:
         yield (
-            f"cell_type: {missing} cells have no value in obs[{spec.cell_type!r}]. Remove them or give them a name, "
-            f"such as 'unknown'."
+            f"{role}: {missing} cells have no value in obs[{key!r}]. Remove them or give them a name, such as 'unknown'."
+        )
+
+
+def _covariate_problems(spec: DataSpec, adata: AnnData) -> Iterator[str]:
+    for key in spec.covariates:
+        if key not in (spec.cell_type, spec.batch):
+            yield from _role_problems("covariates", key, adata)
+
+
+def _cell_type_vector_problems(spec: DataSpec, adata: AnnData) -> Iterator[str]:
+    try:
+        vectors = spec.read_cell_type_vectors(adata)
+    except ValueError as err:
+        yield str(err)
+        return
+    if spec.cell_type_vectors is None or spec.cell_type not in adata.obs:
+        return
+    lacking = sorted(set(map(str, adata.obs[spec.cell_type].dropna())) - set(vectors))
+    if lacking:
+        yield (
+            f"cell_type_vectors: adata.uns[{spec.cell_type_vectors!r}] has none for {len(lacking)} cell types "
+            f"({_some([repr(name) for name in lacking])}).{suggestion(lacking[0], vectors)} Add them or remove "
+            f"these cells."
         )
 
 
 def _read_cells(spec: DataSpec, adata: AnnData, *, doses: bool = True) -> CellKinds:
     """Raises ValueError for a missing column."""
-    if spec.perturbation is None:
+    if spec.perturbation is None and not spec.is_unperturbed:
         raise ValueError("perturbation=None: this DataSpec names no obs column of perturbations.")
+    if spec.perturbation is None and not spec.covariates:
+        return CellKinds(np.zeros(len(adata.obs), np.int64), [Population(())], [(CONTROL,)], set(), {}, {})
     return read_kinds(
         adata.obs,
-        spec.perturbation,
+        () if spec.perturbation is None else spec.perturbation,
         spec.dose if doses else None,
         spec.covariates,
         separator=spec.separator,
@@ -292,7 +345,9 @@ def _read_cells(spec: DataSpec, adata: AnnData, *, doses: bool = True) -> CellKi
     )
 
 
-def _perturbation_problems(spec: DataSpec, adata: AnnData, min_cells: int) -> Iterator[str]:
+def _perturbation_problems(
+    spec: DataSpec, adata: AnnData, min_cells: int, every_context: bool
+) -> Iterator[str]:
     roles = {"perturbation": as_columns(spec.perturbation), "covariates": spec.covariates}
     if min_cells > 0:
         roles["dose"] = as_columns(spec.dose)
@@ -324,7 +379,7 @@ def _perturbation_problems(spec: DataSpec, adata: AnnData, min_cells: int) -> It
     for i, population in enumerate(cells.populations):
         if cells.is_sound(i):
             counted[population] += int(n_cells[i])
-    yield from _population_problems(spec, counted, min_cells)
+    yield from _population_problems(spec, counted, min_cells, every_context)
     if min_cells > 0:
         yield from _vector_problems(spec, adata, {part for p in counted for part in p.perturbation})
 
@@ -336,7 +391,9 @@ def _missing_column(role: str, key: str, adata: AnnData) -> Iterator[str]:
         yield str(err)
 
 
-def _population_problems(spec: DataSpec, counted: Counter[Population], min_cells: int) -> Iterator[str]:
+def _population_problems(
+    spec: DataSpec, counted: Counter[Population], min_cells: int, every_context: bool
+) -> Iterator[str]:
     place = f"obs[{as_columns(spec.perturbation)[0]!r}]"
     control = ", ".join(map(repr, spec.control_names))
     controlled = {p.context for p in counted if p.is_control}
@@ -350,9 +407,9 @@ def _population_problems(spec: DataSpec, counted: Counter[Population], min_cells
         )
     if min_cells == 0:
         return
-    if counted and all(p.is_control for p in counted):
+    if every_context and counted and all(p.is_control for p in counted):
         yield f"perturbation: every cell of {place} is a control ({control}); there is no perturbation to learn."
-    if controlled:
+    if controlled and every_context:
         alone = sorted({p.context for p in counted} - controlled)
         if alone:
             yield (
@@ -384,12 +441,23 @@ def _vector_problems(spec: DataSpec, adata: AnnData, names: Iterable[str]) -> It
         )
 
 
-def _vectors(key: str, table: Any) -> dict[str, np.ndarray]:
+def _uns(role: str, key: str, adata: AnnData) -> Any:
+    if key not in adata.uns:
+        known = [str(k) for k in adata.uns]
+        raise ValueError(
+            f"{role} names a key of adata.uns; {key!r} is not one.{suggestion(key, known)} "
+            f"It has: {', '.join(known) or 'none'}."
+        )
+    return adata.uns[key]
+
+
+def _vectors(key: str, table: Any, of: str) -> dict[str, np.ndarray]:
+    role = "vectors" if of == "perturbation" else "cell_type_vectors"
     if hasattr(table, "columns"):
         table = dict(zip(map(str, table.index), table.to_numpy(), strict=True))
     if not isinstance(table, Mapping):
         raise ValueError(
-            f"vectors: adata.uns[{key!r}] must be a DataFrame with a row a perturbation or a dict of vectors; it is "
+            f"{role}: adata.uns[{key!r}] must be a DataFrame with a row a {of} or a dict of vectors; it is "
             f"{type(table).__name__}."
         )
     vectors = {}
@@ -397,17 +465,17 @@ def _vectors(key: str, table: Any) -> dict[str, np.ndarray]:
         try:
             vectors[str(name)] = np.asarray(values, np.float64)
         except (TypeError, ValueError) as err:
-            raise ValueError(f"vectors: adata.uns[{key!r}] has no numbers for {name!r}.") from err
+            raise ValueError(f"{role}: adata.uns[{key!r}] has no numbers for {name!r}.") from err
     widths = Counter(v.shape for v in vectors.values())
     usual = widths.most_common(1)[0][0] if widths else ()
     for name, vector in vectors.items():
         if len(usual) != 1 or usual[0] == 0 or vector.shape != usual:
             raise ValueError(
-                f"vectors: adata.uns[{key!r}] must hold vectors of one length; that of {name!r} has shape "
+                f"{role}: adata.uns[{key!r}] must hold vectors of one length; that of {name!r} has shape "
                 f"{vector.shape}, most have {usual}."
             )
         if not np.isfinite(vector).all():
-            raise ValueError(f"vectors: adata.uns[{key!r}] holds NaN or infinite values for {name!r}. Fill them.")
+            raise ValueError(f"{role}: adata.uns[{key!r}] holds NaN or infinite values for {name!r}. Fill them.")
     return vectors
 
 

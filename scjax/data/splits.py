@@ -1,7 +1,7 @@
 """What training never sees: rules, and what they resolve to on the times or on the populations of a data set.
 
 Times: `split_times`. Perturbations: `split_populations`, whose unit is a population, that is all cells of one condition
-in one context; controls are always for training. `save_split` and `load_split` take both.
+in one context; controls are for training, but where whole contexts are held out. `save_split` and `load_split` take both.
 """
 
 import json
@@ -23,6 +23,8 @@ __all__ = [
     "AdditiveSplit",
     "ComboSciPlexSplit",
     "HoldOutConditions",
+    "HoldOutContexts",
+    "HoldOutCrossed",
     "HoldOutGenes",
     "HoldOutInterior",
     "HoldOutLast",
@@ -275,6 +277,84 @@ class HoldOutPopulations(_WithValidation):
             raise ValueError("populations must name at least one; to train on all of them use HoldOutNone().")
 
 
+@dataclass(frozen=True, kw_only=True)
+class HoldOutCrossed(_WithValidation):
+    """Hold out these conditions in these contexts: donors x perturbations, cell lines x perturbations.
+
+    The conditions stay in training elsewhere, and the contexts stay with their other conditions and their controls. A
+    condition need not occur in every one of the contexts; a name that is repeated counts once. These are the splits of
+    the PerturbDiff code, which lists its donors or lines and its conditions.
+
+    Attributes:
+        covariates: what `values` are values of: ("donor",), or ("cell_type", "donor").
+        values: the contexts, a value for each of `covariates`: (("Donor1",), ("Donor4",)).
+        conditions: for test; None takes all.
+        validation_conditions: for validation, in the same contexts; in place of a `validation_fraction`.
+    """
+
+    covariates: tuple[str, ...]
+    values: tuple[tuple[str, ...], ...]
+    conditions: tuple[str, ...] | None = None
+    validation_conditions: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_values(self.covariates, "values", self.values)
+        if self.conditions is not None and not self.conditions:
+            raise ValueError("conditions must name at least one; None takes all of them.")
+        if self.validation_conditions and self.conditions is None:
+            raise ValueError("conditions=None takes all conditions; none is left for validation_conditions.")
+        if self.validation_conditions and self.validation_fraction:
+            raise ValueError(
+                f"validation_conditions and validation_fraction={self.validation_fraction} both choose what is kept for "
+                f"validation; give one of them."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class HoldOutContexts(_WithValidation):
+    """Hold out whole contexts, their control cells too: donors, or cell types of donors.
+
+    The one rule that holds out cells of data without perturbations. Of data with perturbations it makes contexts that
+    training never saw: `LeaveOut` leaves it their controls.
+
+    Attributes:
+        covariates: what the values are values of: ("donor",), or ("cell_type", "donor").
+        values: the contexts of the test, a value for each of `covariates`: (("Donor1",), ("Donor4",)).
+        validation_values: those for validation; in place of a `validation_fraction`, which takes contexts too.
+    """
+
+    covariates: tuple[str, ...]
+    values: tuple[tuple[str, ...], ...]
+    validation_values: tuple[tuple[str, ...], ...] = ()
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_values(self.covariates, "values", self.values)
+        if self.validation_values:
+            _check_values(self.covariates, "validation_values", self.validation_values)
+        if self.validation_values and self.validation_fraction:
+            raise ValueError(
+                f"validation_values and validation_fraction={self.validation_fraction} both choose what is kept for "
+                f"validation; give one of them."
+            )
+        both = sorted(set(self.values) & set(self.validation_values))
+        if both:
+            raise ValueError(f"{both[0]} is both for test and for validation. Take it out of one.")
+
+
+def _check_values(covariates: tuple[str, ...], name: str, values: tuple[tuple[str, ...], ...]) -> None:
+    if not covariates or len(set(covariates)) < len(covariates):
+        raise ValueError(f"covariates must name at least one, each once; got {covariates}.")
+    if not values:
+        raise ValueError(f"{name} must hold at least one context; to train on all of them use HoldOutNone().")
+    for context in values:
+        if len(context) != len(covariates):
+            raise ValueError(
+                f"{name} must hold a value for each of the {len(covariates)} covariates {covariates}; got {context}."
+            )
+
+
 _COMBOSCIPLEX_TEST = (
     "Panobinostat+Crizotinib",
     "Panobinostat+Curcumin",
@@ -300,13 +380,18 @@ PerturbationSplitRule: TypeAlias = (
     | LeaveOut
     | HoldOutConditions
     | HoldOutPopulations
+    | HoldOutCrossed
+    | HoldOutContexts
     | ComboSciPlexSplit
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class PerturbationSplit:
-    """A rule and what it came to: populations, sorted, each in one part; all controls are in `train`."""
+    """A rule and what it came to: populations, sorted, each in one part.
+
+    All controls are in `train`, but those of contexts that are held out as a whole (`HoldOutContexts`).
+    """
 
     rule: PerturbationSplitRule
     train: tuple[Population, ...]
@@ -345,6 +430,7 @@ def split_populations(
     covariates: tuple[str, ...] = (),
     *,
     written: Iterable[tuple[str, ...]] = (),
+    perturbed: bool = True,
 ) -> PerturbationSplit:
     """The rule applied to the populations of a data set.
 
@@ -355,22 +441,29 @@ def split_populations(
             them (`AdditiveSplit`, `HoldOutGenes`; other rules do not look). Without it a condition counts as written
             in its canonical form, a single as `A+control`. Two spellings of a condition remain one condition, which
             is held out where the code holds out one of them.
+        perturbed: False for data without perturbations, whose populations are all (): HoldOutNone and HoldOutContexts.
 
     Raises:
         ValueError: no perturbed population, a condition, context or covariate that the data lack, nothing held out,
             nothing left to train on, a fraction so small that no population is kept for validation.
     """
     populations = tuple(sorted(set(populations)))
-    perturbed = tuple(p for p in populations if not p.is_control)
-    if not perturbed:
+    if not perturbed and not isinstance(rule, HoldOutNone | HoldOutContexts):
+        raise ValueError(f"{rule} holds out perturbations, and the data have none. Use HoldOutContexts or HoldOutNone.")
+    # What can be held out: a context goes with its controls, else these stay.
+    units = tuple(p for p in populations if not p.is_control or isinstance(rule, HoldOutContexts) or not perturbed)
+    if perturbed and all(p.is_control for p in populations):
         raise ValueError("populations must hold at least one that is perturbed; all of them are controls.")
-    test = _test_populations(rule, perturbed, covariates, tuple(written))
-    train = [p for p in perturbed if p not in test]
+    what = "perturbed populations" if perturbed else "populations"
+    test = _test_populations(rule, units, covariates, tuple(written))
+    train = [p for p in units if p not in test]
     if not test and not isinstance(rule, HoldOutNone):
-        raise ValueError(f"{rule} holds out none of {len(perturbed)} perturbed populations; HoldOutNone() says so.")
-    if not train:
-        raise ValueError(f"{rule} holds out all {len(perturbed)} perturbed populations; none is left to train on.")
-    validation = set() if isinstance(rule, HoldOutNone) else _validation(rule, train)
+        raise ValueError(f"{rule} holds out none of {len(units)} {what}; HoldOutNone() says so.")
+    if not any(not (perturbed and p.is_control) for p in train):
+        raise ValueError(f"{rule} holds out all {len(units)} {what}; none is left to train on.")
+    validation = set() if isinstance(rule, HoldOutNone) else _validation(rule, train, covariates)
+    if len(validation) == len(train):
+        raise ValueError(f"{rule} keeps all {len(train)} remaining {what} for validation; none is left to train on.")
     return PerturbationSplit(
         rule=rule,
         train=tuple(p for p in populations if p not in test and p not in validation),
@@ -469,7 +562,11 @@ def _test_populations(
             singles = {names[0] for names in conditions if len(names) == 1}
             return where(lambda names: len(names) == 2 and singles.issuperset(names))
         case LeaveOut(covariate=covariate, value=value):
-            return _with_value(covariate, value, perturbed, covariates)
+            return _with_values("LeaveOut", (covariate,), (value,), perturbed, covariates)
+        case HoldOutCrossed():
+            return _crossed(rule, perturbed, covariates, rule.conditions)
+        case HoldOutContexts(covariates=names, values=values):
+            return _in_contexts("HoldOutContexts", names, values, perturbed, covariates)
         case HoldOutConditions(conditions=wanted):
             keys = {_known_condition(name, conditions) for name in wanted}
             return where(lambda names: names in keys)
@@ -510,30 +607,72 @@ def _test_combinations(
     return [combinations[i] for i in order[: int(rule.test_fraction * len(order))]]
 
 
-def _with_value(
-    covariate: str, value: str, perturbed: tuple[Population, ...], covariates: tuple[str, ...]
+def _in_contexts(
+    rule: str,
+    names: tuple[str, ...],
+    values: tuple[tuple[str, ...], ...],
+    perturbed: Sequence[Population],
+    covariates: tuple[str, ...],
 ) -> set[Population]:
-    if covariate not in covariates:
-        raise ValueError(
-            f"LeaveOut: covariate must be one of the covariates of the data, which are "
-            f"{', '.join(map(repr, covariates)) or 'none'}; got {covariate!r}.{suggestion(covariate, covariates)}"
-        )
-    values = {p: p.context.split(" | ") for p in perturbed}
-    for p, parts in values.items():
+    return set().union(*(_with_values(rule, names, some, perturbed, covariates) for some in values))
+
+
+def _with_values(
+    rule: str,
+    names: tuple[str, ...],
+    values: tuple[str, ...],
+    perturbed: Sequence[Population],
+    covariates: tuple[str, ...],
+) -> set[Population]:
+    """The populations in whose context these covariates have these values; at least one."""
+    parts_of = _context_parts(rule, names, perturbed, covariates)
+    places = [covariates.index(name) for name in names]
+    found = {p for p, parts in parts_of.items() if tuple(parts[i] for i in places) == values}
+    if not found:
+        what = "population" if rule == "HoldOutContexts" else "perturbed population"
+        for name, place, value in zip(names, places, values, strict=True):
+            known = sorted({parts[place] for parts in parts_of.values()})
+            if value not in known:
+                raise ValueError(
+                    f"{rule}: no {what} has {name}={value!r}.{suggestion(value, known)} "
+                    f"There are: {', '.join(known)}."
+                )
+        together = " and ".join(f"{name}={value!r}" for name, value in zip(names, values, strict=True))
+        raise ValueError(f"{rule}: no {what} has {together} together.")
+    return found
+
+
+def _context_parts(
+    rule: str, names: tuple[str, ...], populations: Sequence[Population], covariates: tuple[str, ...]
+) -> dict[Population, list[str]]:
+    for name in names:
+        if name not in covariates:
+            raise ValueError(
+                f"{rule}: covariate must be one of the covariates of the data, which are "
+                f"{', '.join(map(repr, covariates)) or 'none'}; got {name!r}.{suggestion(name, covariates)}"
+            )
+    parts_of = {p: p.context.split(" | ") for p in populations}
+    for p, parts in parts_of.items():
         if len(parts) != len(covariates):
             raise ValueError(
                 f"The context {p.context!r} has {len(parts)} parts, the covariates are {len(covariates)}: "
                 f"{', '.join(covariates)}. No value may contain ' | '."
             )
-    place = covariates.index(covariate)
-    found = {p for p, parts in values.items() if parts[place] == value}
-    if not found:
-        known = sorted({parts[place] for parts in values.values()})
-        raise ValueError(
-            f"LeaveOut: no perturbed population has {covariate}={value!r}.{suggestion(value, known)} "
-            f"There are: {', '.join(known)}."
-        )
-    return found
+    return parts_of
+
+
+def _crossed(
+    rule: HoldOutCrossed,
+    perturbed: Sequence[Population],
+    covariates: tuple[str, ...],
+    wanted: tuple[str, ...] | None,
+) -> set[Population]:
+    found = _in_contexts("HoldOutCrossed", rule.covariates, rule.values, perturbed, covariates)
+    if wanted is None:
+        return found
+    conditions = sorted({p.perturbation for p in perturbed})
+    keys = {_known_condition(name, conditions) for name in wanted}
+    return {p for p in found if p.perturbation in keys}
 
 
 def _known_condition(condition: str, conditions: list[tuple[str, ...]]) -> tuple[str, ...]:
@@ -560,14 +699,41 @@ def _known_population(condition: str, context: str, perturbed: tuple[Population,
     return Population(names, context)
 
 
-def _validation(rule: _WithValidation, train: list[Population]) -> set[Population]:
+def _validation(rule: _WithValidation, train: list[Population], covariates: tuple[str, ...]) -> set[Population]:
+    match rule:
+        case HoldOutCrossed(validation_conditions=wanted) if wanted:
+            both = sorted({canonical(name) for name in wanted} & {canonical(name) for name in rule.conditions})
+            if both:
+                raise ValueError(f"{'+'.join(both[0])!r} is both for test and for validation. Take it out of one.")
+            parts_of = _context_parts("HoldOutCrossed", rule.covariates, train, covariates)
+            places = [covariates.index(name) for name in rule.covariates]
+            keys = {_known_condition(name, sorted({p.perturbation for p in train})) for name in wanted}
+            found = {
+                p
+                for p, parts in parts_of.items()
+                if tuple(parts[i] for i in places) in rule.values and p.perturbation in keys
+            }
+            if not found:
+                raise ValueError(f"{rule}: none of validation_conditions occurs in these contexts.")
+            return found
+        case HoldOutContexts(validation_values=values) if values:
+            return _in_contexts("HoldOutContexts", rule.covariates, values, train, covariates)
     if rule.validation_fraction == 0:
         return set()
     # What a test population leaves in training, a validation population must leave there too.
-    by_context = isinstance(rule, LeaveOut | HoldOutPopulations)
-    units = sorted({p if by_context else p.perturbation for p in train})
+    if isinstance(rule, HoldOutContexts):
+        places = [covariates.index(name) for name in rule.covariates]
+        unit_of = {
+            p: tuple(parts[i] for i in places)
+            for p, parts in _context_parts("HoldOutContexts", rule.covariates, train, covariates).items()
+        }
+        what = "contexts"
+    elif isinstance(rule, LeaveOut | HoldOutPopulations | HoldOutCrossed):
+        unit_of, what = {p: p for p in train}, "populations"
+    else:
+        unit_of, what = {p: p.perturbation for p in train}, "conditions"
+    units = sorted(set(unit_of.values()))
     n = int(rule.validation_fraction * len(units))
-    what = "populations" if by_context else "conditions"
     if n == 0:
         raise ValueError(
             f"validation_fraction must be at least {1 / len(units):.3g} to keep one of {len(units)} training {what}; "
@@ -575,4 +741,4 @@ def _validation(rule: _WithValidation, train: list[Population]) -> set[Populatio
         )
     order = np.random.default_rng(rule.validation_seed).permutation(len(units))
     kept = {units[i] for i in order[:n]}
-    return {p for p in train if (p if by_context else p.perturbation) in kept}
+    return {p for p in train if unit_of[p] in kept}
