@@ -19,7 +19,7 @@ from scjax.types import Batch, LossFn, Params
 
 from .hooks import Hook, Saved
 from .state import Best, TrainState, init_state, own_copy
-from .step import make_scanned_update
+from .step import EmaStart, make_scanned_update
 
 __all__ = ["Interrupted", "NonFiniteError", "Stream", "Validate", "fit", "in_order"]
 
@@ -75,6 +75,8 @@ def fit(
     n_steps: int,
     scan_steps: int = 10,
     ema_decay: float | None = None,
+    ema_every: int = 1,
+    ema_start: EmaStart = "initial",
     state: TrainState | None = None,
     stream: Stream | None = None,
     hooks: Sequence[Hook] = (),
@@ -90,10 +92,14 @@ def fit(
     `scan_steps`. The loop never touches the caller's arrays.
 
     Args:
+        params: where training begins: a model's `init`, or the parameters of another run that is to be continued on
+            other data or with another transformation; the optimiser's state is new.
         batches: batch n, a pure function of n; all of one structure and shape.
         scan_steps: steps in one compiled call. What the loop does beside (checkpoints, validation, SIGTERM) it does
             between calls, at multiples of this.
         ema_decay: of the moving average of the parameters; None keeps none.
+        ema_every: the average takes part in the steps 0, `ema_every`, 2 `ema_every`, ..., counted from 0.
+        ema_start: what it starts from: the "initial" parameters, or those after the "first_step".
         state: continues the run that this state is of; its parameters, optimiser state and key are used in place
             of `params` and `key`, which only say what is expected.
         stream: `stream(batches, start, stop, chunk=...)` yields batches stacked `chunk` at a time, as
@@ -113,6 +119,7 @@ def fit(
         NonFiniteError: a loss, term, gradient or validation score is NaN or infinite.
         Interrupted: SIGTERM, where this runs in the main thread. A second SIGTERM acts at once.
     """
+    update = make_scanned_update(loss_fn, tx, ema_decay, ema_every=ema_every, ema_start=ema_start)
     _check_counts(scan_steps, n_steps, log_every, checkpoint_every, validate, validate_every, patience)
     fresh = init_state(params, tx, key, ema=ema_decay is not None, best=validate is not None)
     if state is None:
@@ -135,7 +142,7 @@ def fit(
         terminated = stack.enter_context(_sigterm())
         chunks = _chunks(stream or in_order, batches, start, n_steps, scan_steps)
         stack.callback(chunks.close)
-        run = _Runner(make_scanned_update(loss_fn, tx, ema_decay), scan_steps, hooks)
+        run = _Runner(update, scan_steps, hooks)
         log = _Log(hooks, log_every, n_steps)
         last_saved = start
 

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -17,6 +18,8 @@ import regression
 from scjax.checkpoint import CheckpointWriter, list_steps, read
 from scjax.train.hooks import Hook, SaveCheckpoints
 from scjax.train.loop import Interrupted, NonFiniteError, fit, in_order
+from scjax.train.optimizers import make_optimizer
+from scjax.train.state import init_state
 from scjax.train.step import make_update
 
 ROOT = Path(__file__).parents[2]
@@ -64,9 +67,6 @@ def uninterrupted():
 
 def test_the_loop_is_the_update_repeated(uninterrupted):
     state, record = uninterrupted
-    from scjax.train.optimizers import make_optimizer
-    from scjax.train.state import init_state
-
     tx = make_optimizer(regression.CONFIG, 20)
     update = jax.jit(make_update(regression.loss, tx, ema_decay=0.9))
     want, seen = init_state(regression.params(), tx, regression.KEY, ema=True), []
@@ -84,6 +84,32 @@ def test_the_loop_is_the_update_repeated(uninterrupted):
 def test_how_steps_are_grouped_changes_nothing(uninterrupted, scan_steps):
     """Groups of 3 end in one of 2, and 64 are more than the run has: no step is lost or made twice."""
     assert regression.bits(regression.run(20, scan_steps=scan_steps)) == regression.bits(uninterrupted[0])
+
+
+def test_a_sparse_average_and_skipping_survive_a_checkpoint(tmp_path):
+    """Averages after the steps 0, 4, 8, ...; a leaf unused in every other batch; stops at 7."""
+
+    def loss(params, batch, key):
+        value, terms = regression.loss(params, batch, key)
+        return value + batch["used"] * jnp.sum(params["null"] ** 2), terms
+
+    def batches(n):
+        return {**regression.batch_at(n), "used": np.float32(n % 2)}
+
+    tx = make_optimizer(replace(regression.CONFIG, weight_decay=0.1, skip_unused=True), 20)
+    params = {**regression.params(), "null": jnp.ones((1, 3))}
+    settings = {"key": regression.KEY, "scan_steps": 3, "ema_decay": 0.9, "ema_every": 4, "ema_start": "first_step"}
+    whole = fit(loss, params, tx, batches, n_steps=12, **settings)
+    with CheckpointWriter(tmp_path, about={"run": "a"}) as writer:
+        fit(loss, params, tx, batches, n_steps=7, **settings, hooks=[SaveCheckpoints(writer)])
+    part = read(tmp_path, like={"state": jax.eval_shape(lambda: init_state(params, tx, regression.KEY, ema=True))})
+    part = part.arrays["state"]
+    assert int(part.step) == 7
+    rest = fit(loss, params, tx, batches, n_steps=12, **settings, state=part)
+    assert regression.bits(rest) == regression.bits(whole)
+    dense = fit(loss, params, tx, batches, n_steps=12, **{**settings, "ema_every": 1})
+    assert regression.bits(dense.params) == regression.bits(whole.params)
+    assert regression.bits(dense.ema) != regression.bits(whole.ema)
 
 
 def test_one_compilation(uninterrupted):
@@ -300,6 +326,8 @@ def test_validation_that_is_not_finite_stops():
         ({"patience": 3}, "patience=3 needs validate"),
         ({"patience": 0, "validate": lambda p: {"a": 0.0}}, "patience must be at least 1"),
         ({"ema_decay": 1.0}, "ema_decay must lie in"),
+        ({"ema_every": 0}, "ema_every must be at least 1"),
+        ({"ema_decay": None, "ema_every": 10}, "without ema_decay there is none"),
     ],
 )  # fmt: skip
 def test_arguments_that_do_not_fit(options, message):

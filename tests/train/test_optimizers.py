@@ -13,6 +13,7 @@ from scjax.train.optimizers import (
     clip_by_norm,
     learning_rate,
     make_optimizer,
+    skip_unused,
 )
 
 GOLDENS = goldens.FOLDER / "scimf"
@@ -124,6 +125,19 @@ def test_clipping_comes_before_the_moments():
         ({"schedule": "cosine", "cosine_updates": 3}, [1, 0.75, 0.25, 0, 0.25, 0.75, 1]),  # and up again
         ({"schedule": "cosine", "cosine_updates": 2, "final_fraction": 0.2}, [1, 0.6, 0.2, 0.6, 1, 0.6, 0.2]),
         ({"schedule": "cosine", "cosine_updates": 2, "n_warmup": 2}, [1 / 3, 2 / 3, 1, 0.5, 0, 0.5, 1]),
+        ({"schedule": "constant", "n_warmup": 2, "warmup_from_zero": True}, [0, 1 / 2, 1, 1, 1, 1, 1]),
+        (  # a third of 7 is 2 updates; the cosine's four, of which the last is cut off
+            {"schedule": "plateau", "plateau_fraction": 1 / 3, "n_warmup": 1, "floor_fraction": 0.2},
+            [1 / 2, 1, 1, *((1 + np.cos(np.pi * i / 4)) / 2 for i in range(3)), 0.2],
+        ),
+        (
+            {"schedule": "plateau", "plateau_fraction": 0.3, "n_warmup": 2, "warmup_from_zero": True},
+            [0, 1 / 2, 1, 1, 1, 3 / 4, 1 / 4],
+        ),
+        (
+            {"schedule": "plateau", "plateau_fraction": 0.0, "floor_fraction": 0.0},
+            [(1 + np.cos(np.pi * i / 7)) / 2 for i in range(7)],
+        ),
     ],
 )
 def test_learning_rates(settings, expected):
@@ -135,6 +149,76 @@ def test_the_reference_s_rates():
     rate = learning_rate(OptimizerConfig(), 3000)
     for n in (0, 99, 100, 199, 200, 2999):
         np.testing.assert_allclose(rate(n), 1e-3 * 0.9 ** (n // 100), rtol=1e-5)
+
+
+def test_rates_of_a_long_plateau():
+    """PerturbDiff's, whose factors its README's settings fix; single precision counts 200 000 updates well enough."""
+    config = OptimizerConfig(learning_rate=2e-4, schedule="plateau", n_warmup=200, warmup_from_zero=True)
+    rate = learning_rate(config, 200_000)
+    for n, factor in [(0, 0), (50, 0.25), (199, 0.995), (200, 1), (20_200, 1), (163_300, 0.1), (199_999, 0.1)]:
+        np.testing.assert_allclose(rate(n), 2e-4 * factor, rtol=1e-6)
+    middle = 20_200 + (200_000 - 20_200) // 2
+    np.testing.assert_allclose(rate(middle), 1e-4, rtol=1e-6)
+
+
+NAMED = {
+    "dense": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)},
+    "norm": {"scale": jnp.ones(2)},
+    "biases": {"null": jnp.ones((1, 2))},  # a leaf's name counts, not its module's
+}
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize(("decayed", "spared"), [("matrices", ("bias", "scale")), ("all_but_biases", ("bias",))])
+def test_what_weight_decay_pulls_on(decayed, spared, skip):
+    config = OptimizerConfig(
+        schedule="constant", learning_rate=0.1, weight_decay=0.5, decayed=decayed, skip_unused=skip, clip_norm=None
+    )
+    tiny = jax.tree.map(lambda p: jnp.full_like(p, 1e-30), NAMED)  # used, and next to eps nothing
+    after = steps_of(config, [tiny], NAMED)[-1]
+    for path, leaf in jax.tree_util.tree_leaves_with_path(after):
+        np.testing.assert_allclose(leaf, 1 if path[-1].key in spared else 0.95, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_leaf_that_an_update_does_not_use_is_left_alone():
+    """Moments, count and decay know only the updates that used the leaf; the rate is of the run's own count."""
+    rng = np.random.default_rng(3)
+    config = OptimizerConfig(
+        schedule="step", decay_every=1, decay_factor=0.7, weight_decay=0.1, skip_unused=True, clip_norm=None, b2=0.9
+    )
+    rates = config.learning_rate * 0.7 ** np.arange(6)
+    uses = {"always": [0, 1, 2, 3, 4, 5], "at times": [1, 2, 5], "never": []}
+    grads = {name: rng.normal(size=(6, 2, 2)) * np.isin(range(6), used)[:, None, None] for name, used in uses.items()}
+    grads["always"][2, 0] = 0  # a zero here and there is no absence
+    start = {name: rng.normal(size=(2, 2)) for name in uses}
+    got = steps_of(config, [{n: jnp.asarray(g[i]) for n, g in grads.items()} for i in range(6)], start)
+    for name, used in uses.items():
+        want = adam_by_hand(config, grads[name][used], start[name], rates[used])
+        seen = [got[i][name] for i in used]
+        # A schedule's rates are float32 whatever the parameters are.
+        np.testing.assert_allclose(
+            np.reshape(seen, (-1, 2, 2)) - start[name], np.reshape(want, (-1, 2, 2)) - start[name], rtol=5e-7
+        )
+        for i in set(range(6)) - set(used):
+            np.testing.assert_array_equal(got[i][name], got[i - 1][name] if i else start[name])
+
+
+def test_skipping_changes_nothing_where_all_is_used():
+    rng = np.random.default_rng(4)
+    grads = [jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), NAMED) for _ in range(4)]
+    config = OptimizerConfig(weight_decay=0.1, decayed="all_but_biases")
+    plain, skipping = (steps_of(replace(config, skip_unused=s), grads, NAMED)[-1] for s in (False, True))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), plain, skipping)
+
+
+def test_any_transformation_can_skip():
+    """A trace with momentum, on a leaf used once: it is not pushed on by what it remembers."""
+    tx = skip_unused(optax.trace(0.9))
+    state = tx.init({"a": jnp.ones(2)})
+    for grad, want in [(1.0, 1.0), (0.0, 0.0), (1.0, 1.9)]:
+        updates, state = tx.update({"a": jnp.full(2, grad)}, state)
+        np.testing.assert_allclose(updates["a"], want)
 
 
 def test_accumulation_averages_gradients_and_counts_updates():
@@ -184,6 +268,35 @@ def test_the_end_of_the_cosine_is_no_dead_knob():
     assert np.abs(low - high).max() > 1e-5
 
 
+PERTURBDIFF = OptimizerConfig(
+    schedule="plateau",
+    plateau_fraction=0.3,
+    n_warmup=1,
+    warmup_from_zero=True,
+    weight_decay=0.1,
+    decayed="all_but_biases",
+    skip_unused=True,
+)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("plateau_fraction", 0.6),
+        ("floor_fraction", 0.9),
+        ("warmup_from_zero", False),
+        ("decayed", "matrices"),
+        ("skip_unused", False),
+    ],
+)
+def test_no_dead_knob_of_perturbdiff_s(field, value):
+    grads = [jnp.full(2, s) for s in (1.0, -0.3, 0.0, 2.0)]
+    one, other = (
+        np.stack(steps_of(c, grads, jnp.ones(2))) for c in (PERTURBDIFF, replace(PERTURBDIFF, **{field: value}))
+    )
+    assert np.abs(one - other).max() > 1e-5
+
+
 def test_a_cosine_of_a_given_length_does_not_depend_on_the_run_s():
     """And where that length is the run's own, it is the plain cosine."""
     config = OptimizerConfig(schedule="cosine", cosine_updates=6, learning_rate=0.3)
@@ -195,8 +308,8 @@ def test_a_cosine_of_a_given_length_does_not_depend_on_the_run_s():
 
 
 def test_config_survives_json_and_overrides():
-    config = OptimizerConfig(schedule="cosine", final_fraction=0.1, clip_norm=None)
-    assert from_dict(OptimizerConfig, to_dict(config)) == config
+    for config in (OptimizerConfig(schedule="cosine", final_fraction=0.1, clip_norm=None), PERTURBDIFF):
+        assert from_dict(OptimizerConfig, to_dict(config)) == config
     changed = override(OptimizerConfig(), {"decay_every": "7", "clip_norm": "null"})
     assert changed == OptimizerConfig(decay_every=7, clip_norm=None)
     assert hash(changed) != hash(config)
@@ -214,11 +327,18 @@ def test_config_survives_json_and_overrides():
         ({"final_fraction": 0.1}, "final_fraction is of schedule='cosine' and does nothing with 'step'"),
         ({"schedule": "cosine", "decay_every": 5}, "decay_every is of schedule='step'"),
         ({"schedule": "constant", "decay_factor": 0.5}, "decay_factor is of schedule='step'"),
+        ({"plateau_fraction": 0.2}, "plateau_fraction is of schedule='plateau' and does nothing with 'step'"),
+        ({"schedule": "cosine", "floor_fraction": 0.2}, "floor_fraction is of schedule='plateau'"),
+        ({"schedule": "plateau", "final_fraction": 0.2}, "final_fraction is of schedule='cosine'"),
+        ({"schedule": "plateau", "plateau_fraction": 1.0}, "plateau_fraction must lie in"),
+        ({"schedule": "plateau", "floor_fraction": 1.5}, r"floor_fraction must lie in \[0, 1\].*got 1.5"),
+        ({"warmup_from_zero": True}, "warmup_from_zero does nothing without a warm-up; set n_warmup, got 0"),
         ({"n_warmup": -1}, "n_warmup must be at least 0"),
         ({"b1": 1.0}, "b1 must lie in"),
         ({"b2": -0.1}, "b2 must lie in"),
         ({"eps": 0.0}, "eps must be a positive"),
         ({"weight_decay": -1.0}, "weight_decay must be zero or"),
+        ({"decayed": "all_but_biases"}, "decayed='all_but_biases' does nothing with weight_decay=0"),
         ({"clip_norm": 0.0}, "clip_norm must be a positive"),
         ({"accumulate": 0}, "accumulate must be at least 1"),
     ],
@@ -228,8 +348,19 @@ def test_bad_values_are_refused(change, message):
         OptimizerConfig(**change)
 
 
+@pytest.mark.parametrize(("field", "value"), [("schedule", "plateaus"), ("decayed", "matrix")])
+def test_misspelt_options_are_told(field, value):
+    """The suite's type checker would speak first; users do not have it."""
+    config = replace(PLAIN)
+    object.__setattr__(config, field, value)
+    with pytest.raises(ValueError, match=f"{field} must be one of .*; got '{value}'. Did you mean '{value[:5]}"):
+        config.__post_init__()
+
+
 def test_runs_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="accumulate must divide n_steps.*accumulate=3, n_steps=10"):
         make_optimizer(OptimizerConfig(accumulate=3), 10)
     with pytest.raises(ValueError, match="n_warmup must be less than the number of updates, 5; got 5"):
         make_optimizer(OptimizerConfig(n_warmup=5, accumulate=2), 10)
+    with pytest.raises(ValueError, match="of 10 they take 8 and 3, got plateau_fraction=0.3"):
+        make_optimizer(OptimizerConfig(schedule="plateau", plateau_fraction=0.3, n_warmup=8), 10)

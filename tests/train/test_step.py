@@ -54,6 +54,30 @@ def test_moving_average_follows_its_formula():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), state.ema, ema)
 
 
+@pytest.mark.parametrize(("every", "start"), [(1, "initial"), (1, "first_step"), (3, "initial"), (3, "first_step")])
+def test_moving_average_after_some_of_the_steps(every, start):
+    """After the steps 0, 3, 6, counted from 0; "first_step": the first of these copies."""
+    settings = {"ema_decay": 0.9, "ema_every": every, "ema_start": start}
+    update = jax.jit(make_update(regression.loss, TX, **settings))
+    state, ema = fresh(), regression.params()
+    for n in range(7):
+        state, _ = update(state, regression.batch_at(n))
+        if n == 0 and start == "first_step":
+            ema = state.params
+            assert regression.bits(state.ema) == regression.bits(state.params)
+        elif n % every == 0:
+            ema = jax.tree.map(lambda e, p: 0.9 * e + 0.1 * p, ema, state.params)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), state.ema, ema)
+    chunk = jax.jit(make_scanned_update(regression.loss, TX, **settings))
+    whole, _ = chunk(fresh(), stacked(0, 7), jnp.int32(0), jnp.int32(7))
+    # Another program: the average's products and sums may be fused in another way.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), whole.ema, state.ema)
+    part, _ = chunk(fresh(), stacked(0, 7), jnp.int32(0), jnp.int32(4))
+    rest = jax.tree.map(lambda x: np.concatenate([x, np.full_like(x[:4], np.nan)]), stacked(4, 7))
+    part, _ = chunk(part, rest, jnp.int32(4), jnp.int32(3))
+    assert regression.bits(part) == regression.bits(whole)
+
+
 def test_scanned_steps_equal_single_ones_bit_for_bit():
     state, seen = fresh(), []
     for n in range(7):
@@ -120,6 +144,11 @@ def test_losses_that_do_not_fit_are_refused():
         make_update(regression.loss, TX)(fresh(), batch)
     with pytest.raises(ValueError, match=r"ema_decay must lie in \[0, 1\); got 1.0"):
         make_update(regression.loss, TX, ema_decay=1.0)
+    with pytest.raises(ValueError, match="ema_every must be at least 1; got 0"):
+        make_update(regression.loss, TX, ema_decay=0.9, ema_every=0)
+    for settings in ({"ema_every": 2}, {"ema_start": "first_step"}):
+        with pytest.raises(ValueError, match="of a moving average; without ema_decay there is none"):
+            make_update(regression.loss, TX, **settings)
 
 
 def test_the_state_owns_its_arrays():
