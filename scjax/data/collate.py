@@ -6,15 +6,25 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from scjax.batches import PairedBatch, TimeSeriesBatch
+from scjax.batches import CellSetBatch, PairedBatch, TimeSeriesBatch
 from scjax.check import one_of
+from scjax.data.cellsets import CellSetData
 from scjax.data.conditions import EmbeddingKind
 from scjax.data.perturbation import PerturbationData
-from scjax.data.sampling import PairedSampling, TimeSeriesSampling, paired_rows, time_series_rows
+from scjax.data.sampling import (
+    CellSetSampling,
+    PairedSampling,
+    TimeSeriesSampling,
+    cell_set_rows,
+    paired_rows,
+    time_series_rows,
+)
 from scjax.data.timeseries import TimeSeriesData
 from scjax.types import Population
 
-__all__ = ["make_batches", "make_paired_batches", "optimal_pairs", "pad_populations"]
+__all__ = ["make_batches", "make_cell_set_batches", "make_paired_batches", "optimal_pairs", "pad_populations"]
+
+_CONTROL_STREAM = 1  # of random numbers, besides that of the sets
 
 
 def pad_populations(
@@ -111,6 +121,64 @@ def make_paired_batches(
         if sampling.coupling == "ot":
             source = np.stack([x0[optimal_pairs(x0, x1)] for x0, x1 in zip(source, target, strict=True)])
         return PairedBatch(source=source, target=target, perturbation=ids[rows.populations], genes=tokens[rows.genes])
+
+    batch_at(0)  # what does not fit is an error here, not later in a thread
+    return batch_at
+
+
+def make_cell_set_batches(
+    data: CellSetData,
+    sampling: CellSetSampling,
+    seed: int,
+    populations: Iterable[Population] | None = None,
+) -> Callable[[int], CellSetBatch]:
+    """Batch n of training, for any n: sets of cells of training populations, and a control cell for each cell.
+
+    A covariate that is one for all cells of each group is int[sets] in the batch, another int[sets, cells].
+
+    Args:
+        populations: to draw from; None takes those of training. For a validation loss: `data.split.validation`. Their
+            controls are those that their part of the data may use.
+
+    Raises:
+        ValueError: no cell to draw from, more sets than an epoch has, a covariate to group by that the data lack,
+            matched controls where the data have no perturbations.
+    """
+    if sampling.controls == "matched" and data.pools is None:
+        raise ValueError(
+            "sampling.controls='matched', but the data have no perturbations and so no controls "
+            "(DataSpec.perturbation=None). Set controls='zeros', and drop the control in the model (control_dropout=1)."
+        )
+    targets = data.target_rows(populations, include_control=sampling.include_control)
+    groups = data.groups(targets, sampling.group_by)
+    if not groups:
+        raise ValueError(
+            "populations must hold cells to draw from; they have none"
+            f"{'' if sampling.include_control else ' but controls (sampling.include_control=False)'}."
+        )
+    constant = {
+        role: all((ids[rows] == ids[rows[0]]).all() for rows in groups) for role, ids in data.covariates.items()
+    }
+    several = len(data.names.sources) > 1
+    all_measured = bool(data.measured.all())
+    rows_at = cell_set_rows(groups, sampling, seed=seed)
+
+    def batch_at(step: int) -> CellSetBatch:
+        rows, mask, _ = rows_at(step)
+        if sampling.controls == "zeros":
+            control = np.zeros((*rows.shape, data.n_genes), data.x.dtype)
+        else:
+            rng = np.random.default_rng([seed, step, _CONTROL_STREAM])
+            control = data.x[data.pools.draw(rng, rows)]
+        source = data.source[rows[:, 0]]
+        return CellSetBatch(
+            cells=data.x[rows],
+            control=control,
+            covariates={r: ids[rows[:, 0] if constant[r] else rows] for r, ids in data.covariates.items()},
+            mask=mask,
+            space=source if several else None,
+            measured=None if all_measured else data.measured[source],
+        )
 
     batch_at(0)  # what does not fit is an error here, not later in a thread
     return batch_at

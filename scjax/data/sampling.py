@@ -152,8 +152,8 @@ class CellSetSampling:
         n_sets: of a step.
         n_cells: of a set. 256 in the code, 32 for Replogle.
         group_by: cells of a set agree in these; None takes all of "perturbation", "cell_type" and "batch" that the data
-            have, as the code does. Fewer make larger groups where a batch holds a few cells of a perturbation (Replogle:
-            2), and the covariates left out then change from cell to cell.
+            have, as the code does. Fewer make larger groups where a batch holds few cells of a perturbation (two, in
+            Replogle), and the covariates left out then change from cell to cell.
         order: "epochs" deals every cell once an epoch: each group in random order, cut into sets, the last of a group
             filled up with cells of the group; the sets in random order, those of the last incomplete step left out.
             "uniform" draws a group for each set, each as likely whatever its size, and its cells without replacement; a
@@ -246,9 +246,7 @@ def sets_in_order(groups: Sequence[Int[np.ndarray, " _"]], n_cells: int, *, seed
     return CellSetRows(np.concatenate(sets), np.concatenate(masks), np.concatenate(of_group))
 
 
-def _uniform_sets(
-    groups: Sequence[np.ndarray], sampling: CellSetSampling, seed: int, step: int
-) -> CellSetRows:
+def _uniform_sets(groups: Sequence[np.ndarray], sampling: CellSetSampling, seed: int, step: int) -> CellSetRows:
     at_least("step", step, 0)
     rng = np.random.default_rng([seed, step])
     chosen = rng.choice(len(groups), sampling.n_sets, replace=len(groups) < sampling.n_sets)

@@ -1,16 +1,21 @@
 """Where cells come from: files, and row access that does not tell how the rows are kept."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, get_args, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
-from scjax.check import suggestion
+from scjax.check import at_least, column, one_of, suggestion
+from scjax.data.conditions import as_columns
 from scjax.data.spec import AnnData, DataSpec, expression_matrix, feature_names
 
-__all__ = ["CellSource", "InMemorySource", "open_source", "read_anndata"]
+__all__ = ["Absent", "CellSource", "InMemorySource", "Joined", "as_joined", "join", "open_source", "read_anndata"]
+
+Absent: TypeAlias = Literal["error", "zero", "intersection"]
+
+SOURCE = "source"  # the obs column of a joined AnnData
 
 
 @runtime_checkable
@@ -54,6 +59,198 @@ class InMemorySource:
 def open_source(adata: AnnData, spec: DataSpec) -> CellSource:
     """The cells of `adata` in the space that `spec` names. `spec.check(adata)` is the caller's."""
     return InMemorySource(expression_matrix(adata, spec), feature_names(adata, spec))
+
+
+class Joined(NamedTuple):
+    """Several AnnData as one.
+
+    Attributes:
+        adata: the cells of the first, then those of the next; the matrix lies where the DataSpec looks for it.
+            obs["source"] says which each cell is from, and obs_names begin with it.
+        sources: their names, in the order given, each once.
+        measured: which genes each of the sources measured, in all of its files; the others are 0 in its cells.
+    """
+
+    adata: AnnData
+    sources: tuple[str, ...]
+    measured: Bool[np.ndarray, "sources genes"]
+
+
+def join(named: Sequence[tuple[str, AnnData]], spec: DataSpec, *, absent: Absent = "error") -> Joined:
+    """Several files, or studies, as one AnnData under one spec; genes are matched by name, their order does not matter.
+
+    Files that are given the same name are one source: plates of a study. Where there is more than one source, the
+    values of `spec.batch` get its name in front (`pbmc_Donor1`), as batches of different studies are not the same;
+    spec.batch="source" makes each source a batch. Of obs the columns of `spec` are kept.
+
+    Args:
+        absent: what to do about genes that not all of them have. "error" refuses; "zero" keeps the genes of all, those
+            of the first in its order, then the new ones of the next, and fills in zeros, as the PerturbDiff code does;
+            `measured` tells them from true zeros. "intersection" keeps the genes that all have: the totals that
+            normalise counts are then over these genes.
+
+    Raises:
+        ValueError: no data, a gene that some lack under "error", no gene that all have, a missing column or matrix,
+            repeated genes, an obs column "source" that is there already, vectors that contradict each other.
+    """
+    one_of("absent", absent, get_args(Absent))
+    at_least("the number of AnnData to join", len(named), 1)
+    names_of = [_feature_names(name, adata, spec) for name, adata in named]
+    genes = _joint_genes(named, names_of, absent)
+    sources = tuple(dict.fromkeys(name for name, _ in named))
+    measured = np.ones((len(sources), len(genes)), bool)
+    for (name, _), own in zip(named, names_of, strict=True):
+        measured[sources.index(name)] &= np.isin(genes, own)
+    uns = {
+        key: _merged_vectors(role, key, named)
+        for role, key in (("vectors", spec.vectors), ("cell_type_vectors", spec.cell_type_vectors))
+        if key is not None
+    }
+    return Joined(_one(named, spec, genes, len(sources) > 1, uns), sources, measured)
+
+
+def as_joined(name: str, adata: AnnData, spec: DataSpec, genes: Sequence[str], *, prefix: bool) -> AnnData:
+    """`adata` as `join` would have it beside others: these genes, 0 where it has none, and obs as there.
+
+    Args:
+        prefix: put the name in front of the batches, as where there are several sources.
+
+    Raises:
+        ValueError: as `join`.
+    """
+    _feature_names(name, adata, spec)
+    return _one([(name, adata)], spec, tuple(genes), prefix, {})
+
+
+def _feature_names(source: str, adata: AnnData, spec: DataSpec) -> tuple[str, ...]:
+    genes = feature_names(adata, spec)
+    if len(set(genes)) < len(genes):
+        repeated = next(gene for gene in genes if genes.count(gene) > 1)
+        raise ValueError(
+            f"{source}: the gene {repeated!r} is repeated. Call adata.var_names_make_unique() or sum the duplicates."
+        )
+    if SOURCE in adata.obs:
+        raise ValueError(f"{source}: obs has a column {SOURCE!r} already, which joining needs. Rename it.")
+    return genes
+
+
+def _one(
+    named: Sequence[tuple[str, AnnData]], spec: DataSpec, genes: tuple[str, ...], prefix: bool, uns: dict[str, Any]
+) -> AnnData:
+    import anndata
+    import pandas as pd
+
+    obs = pd.concat([_obs_table(name, adata, spec, prefix) for name, adata in named])
+    if not obs.index.is_unique:
+        raise ValueError("obs_names must be unique within a source; files of one name share some. Make them unique.")
+    matrix = _stacked([_aligned(expression_matrix(a, spec), feature_names(a, spec), genes) for _, a in named])
+    place, _, key = spec.expression.partition("/")
+    var = pd.DataFrame(index=list(genes))
+    if place == "obsm":
+        dense = matrix.toarray() if hasattr(matrix, "toarray") else matrix
+        table = pd.DataFrame(dense, index=obs.index, columns=list(genes))
+        return anndata.AnnData(obs=obs, obsm={key: table}, uns=uns)
+    if place == "layers":
+        return anndata.AnnData(obs=obs, var=var, layers={key: matrix}, uns=uns)
+    return anndata.AnnData(X=matrix, obs=obs, var=var, uns=uns)
+
+
+def _joint_genes(
+    named: Sequence[tuple[str, AnnData]], names_of: Sequence[tuple[str, ...]], absent: Absent
+) -> tuple[str, ...]:
+    union = tuple(dict.fromkeys(gene for genes in names_of for gene in genes))
+    if absent == "zero":
+        return union
+    everywhere = set(names_of[0]).intersection(*names_of[1:])
+    if absent == "intersection":
+        if not everywhere:
+            raise ValueError("absent='intersection': no gene is in all of the data. Are the names of one kind?")
+        return tuple(gene for gene in names_of[0] if gene in everywhere)
+    for (name, _), genes in zip(named, names_of, strict=True):
+        lacking = [gene for gene in union if gene not in set(genes)]
+        if lacking:
+            raise ValueError(
+                f"{name!r} lacks {len(lacking)} of {len(union)} genes that others have ({', '.join(lacking[:5])}"
+                f"{', ...' if len(lacking) > 5 else ''}). Choose absent='intersection' ({len(everywhere)} genes are in "
+                f"all) or absent='zero'."
+            )
+    return union
+
+
+def _obs_table(name: str, adata: AnnData, spec: DataSpec, prefix: bool) -> Any:
+    import pandas as pd
+
+    roles = {
+        "time": spec.time,
+        "cell_type": spec.cell_type,
+        "batch": spec.batch,
+        "perturbation": spec.perturbation,
+        "dose": spec.dose,
+        "covariates": spec.covariates,
+    }
+    table = pd.DataFrame(index=[f"{name}_{cell}" for cell in adata.obs_names])
+    for role, keys in roles.items():
+        for key in as_columns(keys):
+            if key == SOURCE:
+                continue
+            try:
+                column(role, key, adata.obs)
+            except ValueError as err:
+                err.add_note(f"While joining {name!r}.")
+                raise
+            values = adata.obs[key].to_numpy(dtype=object)
+            if key == spec.batch and prefix:
+                gone = adata.obs[key].isna().to_numpy()
+                values = [None if no else f"{name}_{value}" for value, no in zip(values, gone, strict=True)]
+            table[key] = values
+    table[SOURCE] = name
+    return table
+
+
+def _aligned(matrix: Any, own: tuple[str, ...], genes: tuple[str, ...]) -> Any:
+    """The columns in the order of `genes`; those of genes that are not among its `own` are 0."""
+    from scipy import sparse
+
+    place = {gene: i for i, gene in enumerate(own)}
+    here = np.array([i for i, gene in enumerate(genes) if gene in place], np.int64)
+    columns = np.array([place[genes[i]] for i in here], np.int64)
+    if sparse.issparse(matrix):
+        # A product with a selection matrix: it never becomes dense.
+        ones = np.ones(len(here), matrix.dtype)
+        return matrix.tocsr() @ sparse.csr_matrix((ones, (columns, here)), shape=(len(own), len(genes)))
+    matrix = np.asarray(matrix)
+    out = np.zeros((len(matrix), len(genes)), matrix.dtype)
+    out[:, here] = matrix[:, columns]
+    return out
+
+
+def _stacked(matrices: Sequence[Any]) -> Any:
+    from scipy import sparse
+
+    if all(sparse.issparse(m) for m in matrices):
+        return sparse.vstack(matrices, format="csr")
+    return np.concatenate([m.toarray() if sparse.issparse(m) else m for m in matrices])
+
+
+def _merged_vectors(role: str, key: str, named: Sequence[tuple[str, AnnData]]) -> dict[str, np.ndarray]:
+    """The vectors of all sources that bring some; whether they are sound is the spec's to check."""
+    found: dict[str, np.ndarray] = {}
+    for name, adata in named:
+        table = adata.uns.get(key, {})
+        if hasattr(table, "columns"):
+            table = dict(zip(map(str, table.index), table.to_numpy(), strict=True))
+        if not isinstance(table, Mapping):
+            raise ValueError(
+                f"{role}: uns[{key!r}] of {name!r} must be a DataFrame or a dict; it is {type(table).__name__}."
+            )
+        for of, vector in table.items():
+            vector = np.asarray(vector)
+            if str(of) in found and not np.array_equal(found[str(of)], vector):
+                raise ValueError(
+                    f"{role}: {name!r} has another vector for {of!r} in uns[{key!r}] than a source before."
+                )
+            found[str(of)] = vector
+    return found
 
 
 def read_anndata(path: str | Path) -> AnnData:

@@ -75,8 +75,8 @@ class DataSpec:
             raise ValueError(f"expression must be 'X', 'layers/<name>' or 'obsm/<name>'; got {self.expression!r}.")
         if self.time is None and not self.perturbation and self.cell_type is None and self.batch is None:
             raise ValueError(
-                "A DataSpec must name the obs column of time (a time series) or of perturbation; both are missing. Cells "
-                "without either need cell_type or batch."
+                "A DataSpec must name the obs column of time (a time series) or of perturbation; both are missing. "
+                "Cells without either need cell_type or batch."
             )
         if self.cell_type_vectors is not None and self.cell_type is None:
             raise ValueError("cell_type_vectors belong to cell types, but cell_type=None names no column.")
@@ -302,7 +302,8 @@ def _role_problems(role: str, key: str | None, adata: AnnData) -> Iterator[str]:
     missing = int(adata.obs[key].isna().sum())
     if missing:
         yield (
-            f"{role}: {missing} cells have no value in obs[{key!r}]. Remove them or give them a name, such as 'unknown'."
+            f"{role}: {missing} cells have no value in obs[{key!r}]. Remove them or give them a name, "
+            f"such as 'unknown'."
         )
 
 
@@ -345,9 +346,7 @@ def _read_cells(spec: DataSpec, adata: AnnData, *, doses: bool = True) -> CellKi
     )
 
 
-def _perturbation_problems(
-    spec: DataSpec, adata: AnnData, min_cells: int, every_context: bool
-) -> Iterator[str]:
+def _perturbation_problems(spec: DataSpec, adata: AnnData, min_cells: int, every_context: bool) -> Iterator[str]:
     roles = {"perturbation": as_columns(spec.perturbation), "covariates": spec.covariates}
     if min_cells > 0:
         roles["dose"] = as_columns(spec.dose)

@@ -1,7 +1,7 @@
 """What training never sees: rules, and what they resolve to on the times or on the populations of a data set.
 
 Times: `split_times`. Perturbations: `split_populations`, whose unit is a population, that is all cells of one condition
-in one context; controls are for training, but where whole contexts are held out. `save_split` and `load_split` take both.
+in one context; controls are for training, unless whole contexts are held out. `save_split` and `load_split` take both.
 """
 
 import json
@@ -306,8 +306,8 @@ class HoldOutCrossed(_WithValidation):
             raise ValueError("conditions=None takes all conditions; none is left for validation_conditions.")
         if self.validation_conditions and self.validation_fraction:
             raise ValueError(
-                f"validation_conditions and validation_fraction={self.validation_fraction} both choose what is kept for "
-                f"validation; give one of them."
+                f"validation_conditions and validation_fraction={self.validation_fraction} both choose what is kept "
+                f"for validation; give one of them."
             )
 
 
@@ -634,8 +634,7 @@ def _with_values(
             known = sorted({parts[place] for parts in parts_of.values()})
             if value not in known:
                 raise ValueError(
-                    f"{rule}: no {what} has {name}={value!r}.{suggestion(value, known)} "
-                    f"There are: {', '.join(known)}."
+                    f"{rule}: no {what} has {name}={value!r}.{suggestion(value, known)} There are: {', '.join(known)}."
                 )
         together = " and ".join(f"{name}={value!r}" for name, value in zip(names, values, strict=True))
         raise ValueError(f"{rule}: no {what} has {together} together.")
