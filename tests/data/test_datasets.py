@@ -7,13 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from scjax.data.datasets import klein2015, norman2019
+from scjax.data.cellsets import prepare_cell_sets
+from scjax.data.datasets import klein2015, mcfaline2023, norman2019
 from scjax.data.graph import GraphRule
 from scjax.data.perturbation import prepare_perturbation, unseen_axis
 from scjax.data.preprocess import Preprocess
 from scjax.data.spec import DataSpec
-from scjax.data.splits import HoldOutSeenDoubles, HoldOutTimes
+from scjax.data.splits import HoldOutSeenDoubles, HoldOutTimes, LeaveOut
 from scjax.data.timeseries import prepare_time_series
+from scjax.types import Population
 
 
 def test_klein2015_is_whole():
@@ -127,3 +129,70 @@ def test_effects_of_norman2019_add_up_on_held_out_pairs():
         "MAPK1+TGFBR2": 0.946,
     }
     assert pearson == pytest.approx(measured, abs=6e-4)
+
+
+def test_mcfaline2023_is_whole():
+    adata = mcfaline2023()
+    assert adata.shape == (2586, 500)
+    assert adata.X.dtype == np.float32
+    counts = adata.layers["counts"]
+    assert counts.dtype == np.int32
+    assert hashlib.sha256(counts.toarray().astype("<i4").tobytes()).hexdigest() == (
+        "36b25269c4b57ad3465f17070c3df23aace26df14b7c1a1aab9fc289a47ec0c2"
+    )
+    n_cells = adata.obs.groupby(["cell_type", "perturbation"], observed=True).size()
+    assert len(n_cells) == 3 * 10
+    assert (n_cells.min(), n_cells.max()) == (46, 100)
+    np.testing.assert_array_equal(adata.var["n_cells"], (counts > 0).sum(axis=0).A1)
+
+
+def test_mcfaline2023_is_normalised_by_the_totals_of_all_genes():
+    adata = mcfaline2023()
+    counts, totals = adata.layers["counts"].toarray(), adata.obs["total_counts"].to_numpy()
+    np.testing.assert_array_equal(adata.X.toarray(), np.log1p(counts / totals[:, None] * 1e4).astype(np.float32))
+
+
+def test_mcfaline2023_is_small_and_names_its_origin():
+    assert (resources.files("scjax.data") / "files" / "mcfaline2023.h5ad").stat().st_size < 4.5e5
+    source = mcfaline2023().uns["source"]
+    assert source["origin_license"].startswith("BSD-3")
+    assert source["doi"] == "10.1016/j.xgen.2023.100487"
+    assert source["accession"] == "GSE225775"
+    notice = (Path(__file__).parents[2] / "NOTICE").read_text()
+    for words in (
+        "mcfaline2023.h5ad",
+        "BSD 3-Clause License, Copyright (c) 2024, Altos Labs",
+        "Cell Genomics 4, 100487",
+    ):
+        assert words in notice
+
+
+def test_mcfaline2023_equals_the_set_it_was_made_from(shared_data):
+    import anndata
+
+    origin = anndata.read_h5ad(shared_data / "pert_mcfaline2023_subset.h5ad")
+    adata = mcfaline2023()
+    np.testing.assert_array_equal(origin.X.toarray(), adata.X.toarray())
+    np.testing.assert_array_equal(origin.layers["counts"].toarray(), adata.layers["counts"].toarray())
+    for column in ("perturbation", "cell_type"):
+        np.testing.assert_array_equal(origin.obs[column], adata.obs[column])
+    assert list(origin.obs_names) == list(adata.obs_names)
+    assert list(origin.var_names) == list(adata.var_names)
+
+
+@pytest.mark.parametrize(("line", "measured"), [("A172", 0.050), ("T98G", 0.083), ("U87MG", 0.045)])
+def test_effects_of_mcfaline2023_hardly_carry_over_to_a_held_out_line(line, measured):
+    """Pearson of the deltas of a line with the mean delta of the others, averaged over perturbations, as measured."""
+    spec = DataSpec(
+        space="lognormalised", perturbation="perturbation", cell_type="cell_type", covariates=("cell_type",)
+    )
+    steps = Preprocess(library_size=None, log1p=False, scale=False, n_components=None)
+    data = prepare_cell_sets(mcfaline2023(), spec, LeaveOut(covariate="cell_type", value=line), steps)
+    mean = {p: data.cells(p).mean(axis=0, dtype=np.float64) for p in data.populations}
+    delta = {p: mean[p] - mean[Population((), p.context)] for p in data.populations if not p.is_control}
+    pearson = []
+    for p in data.split.test:
+        others = [delta[q] for q in data.split.train if q.perturbation == p.perturbation]
+        assert len(others) == 2
+        pearson.append(np.corrcoef(delta[p], np.mean(others, axis=0))[0, 1])
+    assert np.mean(pearson) == pytest.approx(measured, abs=6e-4)
