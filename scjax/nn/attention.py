@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from scjax import check
 from scjax.nn.blockwise import mix_blockwise
@@ -56,6 +56,7 @@ def attend(
     v: Float[Array, "heads m d"],
     *,
     exclude_self: bool = False,
+    senders: Bool[Array, " m"] | None = None,
     dropout_rate: float = 0.0,
     key: PRNGKeyArray | None = None,
 ) -> Float[Array, "heads n d"]:
@@ -63,11 +64,14 @@ def attend(
 
     Exponentials and sums are float32 or more, whatever the dtype of the arguments; the result has that of `v`. With a
     key, weights are set to zero with chance `dropout_rate`, rounded as `dropout.keep_mask` does, and the others divided
-    by the chance to stay.
+    by the chance to stay. Whoever is not among `senders` is to all others as if it were absent.
 
     Reference: Vaswani et al., NeurIPS 2017, eq. 1.
     """
-    weights = unnormalised_weights(attention_logits(q, k, exclude_self=exclude_self))
+    logits = attention_logits(q, k, exclude_self=exclude_self)
+    if senders is not None:
+        logits = jnp.where(senders[None, None], logits, -jnp.inf)
+    weights = unnormalised_weights(logits)
     # Dividing n x d results instead of n x m weights saves two passes over the largest array there is.
     if key is None or dropout_rate == 0:
         with_total = jnp.einsum("hij,hjd->hid", weights, jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1))
