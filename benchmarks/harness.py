@@ -9,6 +9,7 @@ which flatters scjax. So each call tells how many cores other processes had mean
 near 0, or CPU seconds with one thread a side.
 """
 
+import argparse
 import datetime
 import importlib.metadata
 import json
@@ -23,7 +24,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["Job", "Memory", "append", "compare", "environment", "peak_bytes", "report", "serve"]
+__all__ = [
+    "Job",
+    "Memory",
+    "add_options",
+    "append",
+    "ask",
+    "compare",
+    "environment",
+    "peak_bytes",
+    "report",
+    "serve",
+]
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
@@ -40,6 +52,10 @@ class Job(NamedTuple):
         settings: what a reader needs to repeat it, JSON-ready.
         compile_s: seconds of tracing and compilation, where there is any.
         temp_bytes: the compiled program's own figure for its temporary memory, where it tells.
+        flops: operations of the matrix products of a step, where they are counted.
+        state_bytes: what must be held between steps or for each of them (parameters, gradients, moments, averages).
+        gemm: measures the operations per second of one large matrix product with this side's library; asked after each
+            call, so that both see the machine in one state. Goes with `flops`.
     """
 
     call: Callable[[], Any]
@@ -47,6 +63,9 @@ class Job(NamedTuple):
     settings: Mapping[str, Any] = {}
     compile_s: float | None = None
     temp_bytes: int | None = None
+    flops: float | None = None
+    state_bytes: int | None = None
+    gemm: Callable[[], float] | None = None
 
 
 class Memory(NamedTuple):
@@ -84,6 +103,8 @@ def serve(build: Callable[[], Job], n_threads: int) -> None:
         compile_s=job.compile_s,
         first_call_s=first_call_s,
         temp_bytes=job.temp_bytes,
+        flops=job.flops,
+        state_bytes=job.state_bytes,
         built_rss_bytes=built_bytes,
     )
     for line in sys.stdin:
@@ -92,7 +113,12 @@ def serve(build: Callable[[], Job], n_threads: int) -> None:
         busy = _busy_seconds()
         wall_s, cpu_s = _timed(job.call)
         others = max(0.0, _busy_seconds() - busy - cpu_s) / wall_s
-        say(wall_s=wall_s / job.n_per_call, cpu_s=cpu_s / job.n_per_call, other_cores=others)
+        measured = {"wall_s": wall_s / job.n_per_call, "cpu_s": cpu_s / job.n_per_call, "other_cores": others}
+        if job.gemm is not None:
+            gemm_flops_s = job.gemm()
+            least_s = job.flops / gemm_flops_s
+            measured |= {"gemm_flops_s": gemm_flops_s, "least_s": least_s, "share": least_s / measured["wall_s"]}
+        say(**measured)
     say(peak_rss_bytes=peak_bytes())
 
 
@@ -153,6 +179,48 @@ def compare(
     }
 
 
+def add_options(parser: argparse.ArgumentParser, *, n_rounds: int) -> None:
+    """What every script that times sides has on its command line; `ask` reads it."""
+    parser.add_argument("--peer", action=argparse.BooleanOptionalAction, default=True, help="time PyTorch beside it")
+    parser.add_argument(
+        "--keep-memory",
+        action="store_true",
+        help="run all sides under settings of glibc that keep freed memory instead of giving it back at once",
+    )
+    parser.add_argument("--rounds", type=int, default=n_rounds)
+    parser.add_argument("--threads", type=int, default=2, help="cores of a side while it runs")
+    parser.add_argument("--patience", type=float, default=0, help="seconds to wait for a quiet machine before a call")
+    parser.add_argument("--save", action=argparse.BooleanOptionalAction, default=True, help="append to results/")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+
+
+def ask(
+    args: argparse.Namespace, worker: Sequence[str], sides: Sequence[str], record: Mapping[str, Any], title: str
+) -> None:
+    """Times the sides, prints the table, appends the record to the results of its question and model.
+
+    Args:
+        args: the options of `add_options`.
+        worker: the script and its options that name the work; a side's own are added.
+        sides: of the comparison, the first being what the others are divided by.
+        record: "question", "model", "shapes" and whatever else a reader needs.
+        title: of the table.
+    """
+    common = [sys.executable, *worker, "--threads", str(args.threads)]
+    result = compare(
+        {side: [*common, "--worker", side] for side in sides},
+        n_rounds=args.rounds,
+        n_threads=args.threads,
+        patience_s=args.patience,
+        keep_memory=args.keep_memory,
+    )
+    print(report(title, result))
+    if args.save:
+        settings = {"n_threads": args.threads, "keep_memory": args.keep_memory}
+        path = RESULTS / f"{record['question']}_{record['model']}.json"
+        append(environment() | record | settings | result, path)
+
+
 def environment() -> dict[str, Any]:
     """Machine, versions, commit and date of a record."""
     versions = {"python": platform.python_version()}
@@ -196,6 +264,8 @@ def report(title: str, result: Mapping[str, Any]) -> str:
             f"| {side['cpu_s']['median']:.3g} | {side['other_cores']['median']:.2f} | {wall['n']} | {compiled} "
             f"| {side['peak_rss_bytes'] / 1e6:.0f} | {temporary} |"
         )
+    if any("share" in side for side in result["sides"].values()):
+        lines += ["", *_arithmetic(result["sides"])]
     lines.append("")
     for name, ratio in result["ratios"].items():
         wall, cpu = ratio["wall_s"], ratio["cpu_s"]
@@ -204,6 +274,25 @@ def report(title: str, result: Mapping[str, Any]) -> str:
             f"{cpu['median']:.1f} times the CPU time ({cpu['min']:.1f} - {cpu['max']:.1f})"
         )
     return "\n".join(lines)
+
+
+def _arithmetic(sides: Mapping[str, Any]) -> list[str]:
+    """What the matrix products of a step, and what it must hold, make impossible to go below."""
+    lines = [
+        "| side | GFLOP of matrix products | GFLOP/s of one large product | least seconds "
+        "| of the time taken (min - max) | least MB | of the peak |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, side in sides.items():
+        if "share" not in side:
+            continue
+        share, least = side["share"], side["state_bytes"]
+        lines.append(
+            f"| {name} | {side['flops'] / 1e9:.0f} | {side['gemm_flops_s']['median'] / 1e9:.0f} "
+            f"| {side['least_s']['median']:.3g} | {share['median']:.0%} ({share['min']:.0%} - {share['max']:.0%}) "
+            f"| {least / 1e6:.0f} | {least / side['peak_rss_bytes']:.0%} |"
+        )
+    return lines
 
 
 class _Worker:

@@ -2,22 +2,27 @@
 
     python benchmarks/train_step.py --model scimf --targets 512 6400
     python benchmarks/train_step.py --model scdfm --batch 4 8
+    python benchmarks/train_step.py --model perturbdiff --sets 2
 
 scIMF: 512 simulated cells of 50 dims, 8 times (7 observed ones, 70 Euler-Maruyama steps), the whole loss with the
 transport term against all target cells of each time, gradients, clipping and Adam.
 
 scDFM: 1000 of 5029 genes, width 128, 4 layers, dropout on, the whole loss with the MMD, gradients and Adam. The peer
 holds 1.6 GB a cell of the batch.
+
+PerturbDiff: sets of 256 cells, 2000 genes, width 512, 8 layers of 8 heads, half of the steps (or of the sets) with a
+first guess, half without their covariates; squared error and energy distance, gradients, clipping, AdamW, the moving
+average at every tenth step. Beside the times stand the operations of the matrix products and what one large product
+reaches in the same process.
 """
 
 import argparse
-import sys
 from functools import partial
 from types import ModuleType
 from typing import NamedTuple
 
 import harness
-from jobs import scdfm, scimf
+from jobs import perturbdiff, scdfm, scimf
 
 
 class Question(NamedTuple):
@@ -41,6 +46,14 @@ class Question(NamedTuple):
 MODELS = {
     "scimf": Question(scimf, "targets", (512, 6400), "n_targets", "target cells a time"),
     "scdfm": Question(scdfm, "batch", (4, 8), "batch_size", "cells a batch"),
+    "perturbdiff": Question(perturbdiff, "sets", (2,), "n_sets", "sets of 256 cells"),
+}
+# Option of the command line -> the side that it adds.
+ADDED = {
+    "single_backward": "peer_single_backward",
+    "log_once": "peer_log_once",
+    "remat": "scjax_remat",
+    "batch_coins": "scjax_batch_coins",
 }
 
 
@@ -49,23 +62,24 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, default="scimf")
     parser.add_argument("--targets", type=int, nargs="+", help="scimf: observed cells of each time")
     parser.add_argument("--batch", type=int, nargs="+", help="scdfm: cells of a batch")
-    parser.add_argument("--peer", action=argparse.BooleanOptionalAction, default=True, help="time PyTorch beside it")
+    parser.add_argument("--sets", type=int, nargs="+", help="perturbdiff: sets of a batch")
     parser.add_argument(
         "--single-backward",
         action="store_true",
-        help="and PyTorch with one backward pass, unlike the published program",
+        help="scimf: and PyTorch with one backward pass, unlike the published program",
+    )
+    parser.add_argument(
+        "--log-once",
+        action="store_true",
+        help="perturbdiff: and PyTorch without the second distance for the log, unlike the published program",
     )
     parser.add_argument("--remat", action="store_true", help="and scjax rematerialised: slower, in less memory")
     parser.add_argument(
-        "--keep-memory",
+        "--batch-coins",
         action="store_true",
-        help="run all sides under settings of glibc that keep freed memory instead of giving it back at once",
+        help="perturbdiff: and scjax with coins that fall for a whole batch, as in the published program",
     )
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2, help="cores of a side while it runs")
-    parser.add_argument("--patience", type=float, default=0, help="seconds to wait for a quiet machine before a call")
-    parser.add_argument("--save", action=argparse.BooleanOptionalAction, default=True, help="append to results/")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    harness.add_options(parser, n_rounds=5)
     args = parser.parse_args()
     question = MODELS[args.model]
     for other in {q.option for q in MODELS.values()} - {question.option}:
@@ -76,26 +90,19 @@ def main() -> None:
         harness.serve(partial(question.job.TRAIN[args.worker], sizes[0]), args.threads)
         return
 
-    optional = {"peer": args.peer, "peer_single_backward": args.single_backward, "scjax_remat": args.remat}
-    sides = ["scjax", *(side for side, wanted in optional.items() if wanted)]
+    sides = ["scjax", *(["peer"] if args.peer else [])]
+    sides += [side for option, side in ADDED.items() if getattr(args, option)]
     if missing := set(sides) - set(question.job.TRAIN):
         parser.error(f"{args.model} has no side {missing.pop()}; it has {', '.join(question.job.TRAIN)}")
     for size in sizes:
-        worker = [sys.executable, __file__, "--model", args.model, f"--{question.option}", str(size)]
-        commands = {side: [*worker, "--threads", str(args.threads), "--worker", side] for side in sides}
-        result = harness.compare(
-            commands,
-            n_rounds=args.rounds,
-            n_threads=args.threads,
-            patience_s=args.patience,
-            keep_memory=args.keep_memory,
-        )
         shapes = {question.field: size} | question.job.SHAPES
-        record = {"question": "train_step", "model": args.model, "shapes": shapes, "n_threads": args.threads}
-        record |= {"keep_memory": args.keep_memory}
-        print(harness.report(f"\ntraining step of {args.model}, {size} {question.unit}", result))
-        if args.save:
-            harness.append(harness.environment() | record | result, harness.RESULTS / f"train_step_{args.model}.json")
+        harness.ask(
+            args,
+            [__file__, "--model", args.model, f"--{question.option}", str(size)],
+            sides,
+            {"question": "train_step", "model": args.model, "shapes": shapes},
+            f"\ntraining step of {args.model}, {size} {question.unit}",
+        )
 
 
 if __name__ == "__main__":

@@ -5,12 +5,11 @@ of 8 heads, dropout 0.1 while training, MMD on, Adam. The batch is the argument:
 PyTorch. What the published program builds whatever its script says, and so the question of memory, is width 512.
 """
 
-import os
-import time
 from functools import partial
 
 import numpy as np
 from harness import Job, Memory
+from jobs.sides import jax_memory, jax_sampling, jax_training, prepare_torch
 
 N_GENES, N_SPECIAL, N_SUBSET = 5029, 4, 1000
 N_TOKENS = N_GENES + N_SPECIAL
@@ -19,6 +18,7 @@ N_NEIGHBOURS = 30  # that each gene lists; an edge is one that either lists
 PERTURBATION = (N_SPECIAL + 100, 3)  # a single gene and the control
 STEPS_PER_CALL = 2  # of the scanned training loop
 N_SAMPLED = 8
+MEMORY_BATCH, BATCH_UNIT = 48, "cells"
 SAMPLING_UNIT = "an evaluation of the velocity field"
 N_SOLVER_STEPS, N_STAGES = 19, 4
 N_PEER_STEPS = 1
@@ -84,25 +84,7 @@ def train_scjax(batch_size: int, *, remat: str = "layers") -> Job:
     model, tx, update = _training(_config(D_MODEL, remat=remat), neighbours(allowed()))
     state = init_state(model.init(jax.random.key(0)), tx, jax.random.key(1))
     chunk = jax.tree.map(jnp.asarray, _chunk(batch_size, STEPS_PER_CALL))
-    n_steps = jnp.asarray(STEPS_PER_CALL, jnp.int32)
-
-    started = time.perf_counter()
-    update = update.lower(state, chunk, state.step, n_steps).compile()
-    compile_s = time.perf_counter() - started
-
-    def call() -> None:
-        nonlocal state
-        state, metrics = jax.block_until_ready(update(state, chunk, jnp.array(state.step), n_steps))
-        if not bool(metrics["finite"].all()):
-            raise RuntimeError(f"the loss is not finite; what was timed is no training: {metrics}")
-
-    return Job(
-        call,
-        n_per_call=STEPS_PER_CALL,
-        settings=_settings(model.config),
-        compile_s=compile_s,
-        temp_bytes=update.memory_analysis().temp_size_in_bytes,
-    )
+    return jax_training(update, state, chunk, STEPS_PER_CALL, settings=_settings(model.config))
 
 
 def train_scjax_remat(batch_size: int) -> Job:
@@ -140,16 +122,10 @@ def sample_scjax(n_cells: int) -> Job:
     perturbation = jnp.tile(jnp.asarray([PERTURBATION], jnp.int32), (n_cells, 1))
     genes, key = jnp.asarray(columns + N_SPECIAL, jnp.int32), jax.random.key(1)
 
-    started = time.perf_counter()
     run = jax.jit(partial(model.predict, solver="rk4_38", n_steps=N_SOLVER_STEPS))
-    run = run.lower(params, source, perturbation, genes, key).compile()
-    return Job(
-        lambda: jax.block_until_ready(run(params, source, perturbation, genes, key)),
-        n_per_call=N_SOLVER_STEPS * N_STAGES,
-        settings=_settings(config) | {"timed": f"{N_SOLVER_STEPS} of {N_SOLVER_STEPS} solver steps"},
-        compile_s=time.perf_counter() - started,
-        temp_bytes=run.memory_analysis().temp_size_in_bytes,
-    )
+    settings = _settings(config) | {"timed": f"{N_SOLVER_STEPS} of {N_SOLVER_STEPS} solver steps"}
+    n_evaluations = N_SOLVER_STEPS * N_STAGES
+    return jax_sampling(run, params, source, perturbation, genes, key, n_per_call=n_evaluations, settings=settings)
 
 
 def sample_peer(n_cells: int) -> Job:
@@ -169,24 +145,19 @@ def sample_peer(n_cells: int) -> Job:
     )
 
 
-def memory(batch_size: int, d_model: int) -> Memory:
-    """A rematerialised training step of scjax at any size, compiled for shapes alone."""
+def memory(batch_size: int, d_model: int, *, remat: bool) -> Memory:
+    """A training step of scjax at any size, compiled for shapes alone; rematerialised cell by cell, or not at all."""
     import jax
-    import jax.numpy as jnp
 
     from scjax.train.state import init_state
 
-    model, tx, update = _training(_config(d_model, remat="cells"), neighbours(allowed()))
-    state = jax.eval_shape(lambda: init_state(model.init(jax.random.key(0)), tx, jax.random.key(1)))
-    one = jax.ShapeDtypeStruct((), jnp.int32)
-    compiled = update.lower(state, jax.eval_shape(lambda: _chunk(batch_size, 1)), one, one).compile()
-
-    def run() -> None:
-        state = init_state(model.init(jax.random.key(0)), tx, jax.random.key(1))
-        chunk = jax.tree.map(jnp.asarray, _chunk(batch_size, 1))
-        jax.block_until_ready(compiled(state, chunk, jnp.array(state.step), jnp.asarray(1, jnp.int32)))
-
-    return Memory(compiled.memory_analysis(), run, settings=_settings(model.config))
+    model, tx, update = _training(_config(d_model, remat="cells" if remat else "none"), neighbours(allowed()))
+    return jax_memory(
+        update,
+        lambda: init_state(model.init(jax.random.key(0)), tx, jax.random.key(1)),
+        lambda: _chunk(batch_size, 1),
+        _settings(model.config),
+    )
 
 
 def _config(d_model: int, *, remat: str = "none"):
@@ -232,8 +203,7 @@ def _peer():
     import torch
     from peers import torch_scdfm
 
-    torch.manual_seed(0)
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    prepare_torch()
     mask = torch.from_numpy(~allowed())
     return torch_scdfm.ScDFM(mask, n_tokens=N_TOKENS, d_model=D_MODEL, n_heads=N_HEADS, n_layers=N_LAYERS)
 

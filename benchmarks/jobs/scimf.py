@@ -5,12 +5,12 @@ The sizes are the published ones: 512 simulated cells of 50 dims, times 0 ... 7,
 """
 
 import dataclasses
-import os
 import time
 from functools import partial
 
 import numpy as np
 from harness import Job
+from jobs.sides import jax_sampling, jax_training, prepare_torch
 
 TS = tuple(float(t) for t in range(8))
 N_CELLS, N_DIMS, N_START, N_SAMPLED = 512, 50, 2000, 2000
@@ -56,33 +56,16 @@ def train_scjax(n_targets: int) -> Job:
     self_transport_s = time.perf_counter() - started
     batches = [dataclasses.replace(batch, x0=x0, self_transport=own) for x0 in x0s]
     chunk = jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches)  # as the training loop stacks them
-    n_steps = jnp.asarray(STEPS_PER_CALL, jnp.int32)
-
-    started = time.perf_counter()
-    update = jax.jit(make_scanned_update(model.loss, tx), donate_argnums=0).lower(state, chunk, state.step, n_steps)
-    update = update.compile()
-    compile_s = time.perf_counter() - started
-
-    def call() -> None:
-        nonlocal state
-        state, metrics = jax.block_until_ready(update(state, chunk, jnp.array(state.step), n_steps))
-        if not bool(metrics["finite"].all()):
-            raise RuntimeError(f"the loss is not finite; what was timed is no training: {metrics}")
-
-    return Job(
-        call,
-        n_per_call=STEPS_PER_CALL,
-        settings={"backward_passes": 1, "self_transport": "once", "self_transport_s": self_transport_s},
-        compile_s=compile_s,
-        temp_bytes=update.memory_analysis().temp_size_in_bytes,
-    )
+    update = jax.jit(make_scanned_update(model.loss, tx), donate_argnums=0)
+    settings = {"backward_passes": 1, "self_transport": "once", "self_transport_s": self_transport_s}
+    return jax_training(update, state, chunk, STEPS_PER_CALL, settings=settings)
 
 
 def train_peer(n_targets: int, *, single_backward: bool = False) -> Job:
     import torch
     from peers import torch_scimf
 
-    _prepare_torch()
+    prepare_torch()
     model = torch_scimf.ScIMF(N_DIMS).train()
     optimizer, scheduler = torch_scimf.make_optimizer(model)
     targets = list(torch.from_numpy(populations(n_targets)[1:]))
@@ -109,30 +92,17 @@ def sample_scjax(n_cells: int) -> Job:
     params = model.init(jax.random.key(0))
     (x0,) = jnp.asarray(starts(1, n_cells))
     key = jax.random.key(1)
-    started = time.perf_counter()
-    simulate = jax.jit(lambda params, x0, key: model.predict(params, x0, TS, key)).lower(params, x0, key).compile()
-    return Job(
-        lambda: jax.block_until_ready(simulate(params, x0, key)),
-        compile_s=time.perf_counter() - started,
-        temp_bytes=simulate.memory_analysis().temp_size_in_bytes,
-    )
+    return jax_sampling(jax.jit(lambda params, x0, key: model.predict(params, x0, TS, key)), params, x0, key)
 
 
 def sample_peer(n_cells: int) -> Job:
     import torch
     from peers import torch_scimf
 
-    _prepare_torch()
+    prepare_torch()
     model = torch_scimf.ScIMF(N_DIMS)
     (x0,) = torch.from_numpy(starts(1, n_cells))
     return Job(lambda: torch_scimf.predict(model, x0, TS))
-
-
-def _prepare_torch() -> None:
-    import torch
-
-    torch.manual_seed(0)
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 TRAIN = {"scjax": train_scjax, "peer": train_peer, "peer_single_backward": train_peer_single_backward}

@@ -155,7 +155,7 @@ class _ClassEmbedding(nn.Module):
 
     def forward(self, condition: Tensor | None, n_sets: int) -> Tensor:
         if condition is None:
-            return self.null_emb.weight.expand(n_sets, 1, -1)
+            return self.null_emb(torch.zeros(n_sets, 1, dtype=torch.int64, device=self.null_emb.weight.device))
         return self.emb(functional.silu(condition))
 
 
