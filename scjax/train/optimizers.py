@@ -55,8 +55,9 @@ class OptimizerConfig:
     """What weight decay pulls on: leaves of two axes or more; or, as in PerturbDiff, every leaf without "bias" in its
     name, scales of norms and null vectors included."""
     skip_unused: bool = False
-    """Whether a leaf is left alone by an update in which it has no part (a gradient of zeros): no decay, no moments, no
-    count. PyTorch's optimisers do this for parameters that the loss did not touch, optax's do not."""
+    """Whether a module (the leaves of one dict) is left alone by an update in which it has no part (gradients of
+    zeros): no decay, no moments, no count. PyTorch's optimisers do this for what the loss did not touch, optax's do
+    not."""
     clip_norm: float | None = 0.1  # largest global norm of a gradient; None leaves it alone
     accumulate: int = 1  # gradients of this many batches are averaged for one update
 
@@ -109,7 +110,10 @@ def make_optimizer(config: OptimizerConfig, n_steps: int) -> optax.GradientTrans
             f"got accumulate={config.accumulate}, n_steps={n_steps}."
         )
     parts = [] if config.clip_norm is None else [clip_by_norm(config.clip_norm)]
-    parts += _adamw(config)
+    adamw = [optax.scale_by_adam(config.b1, config.b2, config.eps)]
+    if config.weight_decay:
+        adamw.append(optax.add_decayed_weights(config.weight_decay, mask=_DECAYED[config.decayed]))
+    parts += [skip_unused(optax.chain(*adamw))] if config.skip_unused else adamw
     parts.append(optax.scale_by_learning_rate(learning_rate(config, n_steps // config.accumulate)))
     tx = optax.chain(*parts)
     return tx if config.accumulate == 1 else optax.MultiSteps(tx, config.accumulate).gradient_transformation()
@@ -174,41 +178,43 @@ def clip_by_norm(max_norm: float) -> optax.GradientTransformation:
 
 
 def skip_unused(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`inner` for each leaf as if it were the only one, and only in the updates that use it.
+    """`inner` for each module as if it were the only one, and only in the updates that use it.
 
-    A leaf is used where its gradient is not zero throughout: a zero stands for what PyTorch leaves without a gradient.
-    Otherwise its update is zero, and its state (Adam's moments, and the count that corrects their bias) stays.
+    A module is the leaves that lie in one dict, as a kernel and its bias do. It is used where their gradients are not
+    all zero throughout: that stands for PyTorch's "has a gradient", which belongs to what the loss was computed from,
+    and not to a zero that a kernel gets from an input of zeros. Where a module is not used its update is zero, and its
+    state (Adam's moments, and the count that corrects their bias) stays.
     """
 
-    def update(updates: optax.Updates, state: Any, params: optax.Params | None = None):
-        leaves, form = jax.tree.flatten(updates)
-        states = form.flatten_up_to(state)
-        weights = [None] * len(leaves) if params is None else form.flatten_up_to(params)
-        done = [_if_used(inner, *leaf) for leaf in zip(leaves, states, weights, strict=True)]
-        return form.unflatten([step for step, _ in done]), form.unflatten([after for _, after in done])
+    def init(params: optax.Params) -> dict[str, Any]:
+        return {name: inner.init(leaves) for name, leaves in _modules(params).items()}
 
-    return optax.GradientTransformation(lambda params: jax.tree.map(inner.init, params), update)
+    def update(updates: optax.Updates, state: dict[str, Any], params: optax.Params | None = None):
+        weights = {} if params is None else _modules(params)
+        done, after = {}, {}
+        for name, grads in _modules(updates).items():
+            used = jnp.any(jnp.stack([jnp.any(g != 0) for g in grads.values()]))
+            steps, new = inner.update(grads, state[name], weights.get(name))
+            done[name] = {leaf: jnp.where(used, step, 0) for leaf, step in steps.items()}
+            after[name] = jax.tree.map(lambda n, o, used=used: jnp.where(used, n, o), new, state[name])
+        return jax.tree_util.tree_map_with_path(lambda path, _: done[_module(path)][_leaf(path)], updates), after
+
+    return optax.GradientTransformation(init, update)
 
 
-def _if_used(inner: optax.GradientTransformation, grad: Any, state: Any, param: Any) -> tuple[Any, Any]:
-    used = jnp.any(grad != 0)
-    step, after = inner.update(grad, state, param)
-    return jnp.where(used, step, 0), jax.tree.map(lambda new, old: jnp.where(used, new, old), after, state)
+def _modules(tree: Any) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        found.setdefault(_module(path), {})[_leaf(path)] = leaf
+    return found
 
 
-def _adamw(config: OptimizerConfig) -> list[optax.GradientTransformation]:
-    adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
-    if not config.weight_decay:
-        return [skip_unused(adam) if config.skip_unused else adam]
-    chosen = _DECAYED[config.decayed]
-    if not config.skip_unused:
-        return [adam, optax.add_decayed_weights(config.weight_decay, mask=chosen)]
-    parts = {
-        "decayed": skip_unused(optax.chain(adam, optax.add_decayed_weights(config.weight_decay))),
-        "spared": skip_unused(adam),
-    }
-    labels = lambda params: jax.tree.map(lambda yes: "decayed" if yes else "spared", chosen(params))  # noqa: E731
-    return [optax.partition(parts, labels)]
+def _module(path: tuple[Any, ...]) -> str:
+    return "params" + jax.tree_util.keystr(path[:-1])
+
+
+def _leaf(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path[-1:]) or "array"
 
 
 def _is_matrix(params: optax.Params) -> Any:
@@ -216,7 +222,7 @@ def _is_matrix(params: optax.Params) -> Any:
 
 
 def _is_no_bias(params: optax.Params) -> Any:
-    return jax.tree_util.tree_map_with_path(lambda path, _: "bias" not in jax.tree_util.keystr(path[-1:]), params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: "bias" not in _leaf(path), params)
 
 
 _DECAYED = {"matrices": _is_matrix, "all_but_biases": _is_no_bias}

@@ -87,17 +87,17 @@ def test_how_steps_are_grouped_changes_nothing(uninterrupted, scan_steps):
 
 
 def test_a_sparse_average_and_skipping_survive_a_checkpoint(tmp_path):
-    """Averages after the steps 0, 4, 8, ...; a leaf unused in every other batch; stops at 7."""
+    """Averages after the steps 0, 4, 8, ...; a module unused in every other batch; stops at 7."""
 
     def loss(params, batch, key):
         value, terms = regression.loss(params, batch, key)
-        return value + batch["used"] * jnp.sum(params["null"] ** 2), terms
+        return value + batch["used"] * jnp.sum(params["inner"]["null"] ** 2), terms
 
     def batches(n):
         return {**regression.batch_at(n), "used": np.float32(n % 2)}
 
     tx = make_optimizer(replace(regression.CONFIG, weight_decay=0.1, skip_unused=True), 20)
-    params = {**regression.params(), "null": jnp.ones((1, 3))}
+    params = {**regression.params(), "inner": {"null": jnp.ones((1, 3))}}
     settings = {"key": regression.KEY, "scan_steps": 3, "ema_decay": 0.9, "ema_every": 4, "ema_start": "first_step"}
     whole = fit(loss, params, tx, batches, n_steps=12, **settings)
     with CheckpointWriter(tmp_path, about={"run": "a"}) as writer:

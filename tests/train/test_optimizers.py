@@ -181,27 +181,30 @@ def test_what_weight_decay_pulls_on(decayed, spared, skip):
 
 
 @pytest.mark.usefixtures("x64")
-def test_a_leaf_that_an_update_does_not_use_is_left_alone():
-    """Moments, count and decay know only the updates that used the leaf; the rate is of the run's own count."""
+def test_a_module_that_an_update_does_not_use_is_left_alone():
+    """Moments, count and decay know only the updates that used it; the rate is of the run's own count."""
     rng = np.random.default_rng(3)
     config = OptimizerConfig(
         schedule="step", decay_every=1, decay_factor=0.7, weight_decay=0.1, skip_unused=True, clip_norm=None, b2=0.9
     )
     rates = config.learning_rate * 0.7 ** np.arange(6)
     uses = {"always": [0, 1, 2, 3, 4, 5], "at times": [1, 2, 5], "never": []}
-    grads = {name: rng.normal(size=(6, 2, 2)) * np.isin(range(6), used)[:, None, None] for name, used in uses.items()}
-    grads["always"][2, 0] = 0  # a zero here and there is no absence
-    start = {name: rng.normal(size=(2, 2)) for name in uses}
-    got = steps_of(config, [{n: jnp.asarray(g[i]) for n, g in grads.items()} for i in range(6)], start)
-    for name, used in uses.items():
-        want = adam_by_hand(config, grads[name][used], start[name], rates[used])
-        seen = [got[i][name] for i in used]
-        # A schedule's rates are float32 whatever the parameters are.
-        np.testing.assert_allclose(
-            np.reshape(seen, (-1, 2, 2)) - start[name], np.reshape(want, (-1, 2, 2)) - start[name], rtol=5e-7
-        )
-        for i in set(range(6)) - set(used):
-            np.testing.assert_array_equal(got[i][name], got[i - 1][name] if i else start[name])
+    part = lambda used: rng.normal(size=(6, 2, 2)) * np.isin(range(6), used)[:, None, None]  # noqa: E731
+    grads = {module: {"kernel": part(used), "other": part(used)} for module, used in uses.items()}
+    grads["always"]["kernel"][2] = 0  # zeros in one of its leaves are no absence
+    start = jax.tree.map(lambda g: rng.normal(size=g.shape[1:]), grads)
+    got = steps_of(config, [jax.tree.map(lambda g: jnp.asarray(g[i]), grads) for i in range(6)], start)  # noqa: B023
+    for module, used in uses.items():
+        for leaf in ("kernel", "other"):
+            x, seen = start[module][leaf], [x[module][leaf] for x in got]
+            want = dict(zip(used, adam_by_hand(config, grads[module][leaf][used], x, rates[used]), strict=True))
+            last = x
+            for i in range(6):
+                if i in used:  # a schedule's rates are float32 whatever the parameters are
+                    np.testing.assert_allclose(seen[i] - x, want[i] - x, rtol=5e-7)
+                else:
+                    np.testing.assert_array_equal(seen[i], last)
+                last = seen[i]
 
 
 def test_skipping_changes_nothing_where_all_is_used():
@@ -213,12 +216,14 @@ def test_skipping_changes_nothing_where_all_is_used():
 
 
 def test_any_transformation_can_skip():
-    """A trace with momentum, on a leaf used once: it is not pushed on by what it remembers."""
-    tx = skip_unused(optax.trace(0.9))
-    state = tx.init({"a": jnp.ones(2)})
-    for grad, want in [(1.0, 1.0), (0.0, 0.0), (1.0, 1.9)]:
-        updates, state = tx.update({"a": jnp.full(2, grad)}, state)
-        np.testing.assert_allclose(updates["a"], want)
+    """A momentum does not push a leaf on that is not used; a tree may be of any form, one array included."""
+    for form in (lambda x: {"a": (x, [x])}, lambda x: x):
+        tx = skip_unused(optax.trace(0.9))
+        state = tx.init(form(jnp.ones(2)))
+        for grad, want in [(1.0, 1.0), (0.0, 0.0), (1.0, 1.9)]:
+            updates, state = tx.update(form(jnp.full(2, grad)), state)
+            jax.tree.map(lambda found, want=want: np.testing.assert_allclose(found, want), updates)
+            assert jax.tree.structure(updates) == jax.tree.structure(form(1))
 
 
 def test_accumulation_averages_gradients_and_counts_updates():
