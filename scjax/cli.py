@@ -122,6 +122,7 @@ class Predict:
         n_steps: perturbations: of the solver.
         guidance: perturbations: above 1 exaggerates what the condition does.
         composition: perturbations: "joint" asks the network for a combination, "additive" adds up what its parts do.
+        zero_below: perturbations: generated expression below it is set to zero.
     """
 
     run: Path
@@ -141,6 +142,7 @@ class Predict:
     n_steps: int | None = None
     guidance: float | None = None
     composition: Literal["joint", "additive"] | None = None
+    zero_below: float | None = None
 
     def execute(self) -> None:
         _check_out(self.out, ".h5ad")
@@ -169,6 +171,7 @@ class Predict:
                 n_steps=self.n_steps,
                 guidance=self.guidance,
                 composition=self.composition,
+                zero_below=self.zero_below,
             )
             for name, stand_in in json.loads(written.uns["scjax"]["replaced"]).items():
                 print(f"{name} was in no training population; in its place: {stand_in}")
@@ -188,6 +191,7 @@ class Predict:
             "n_steps",
             "guidance",
             "composition",
+            "zero_below",
         )
         kind, wants = ("a time series", "--times") if is_series else ("perturbations", "--conditions")
         default = {f.name: f.default for f in dataclasses.fields(self)}

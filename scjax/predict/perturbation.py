@@ -62,6 +62,7 @@ class GenerationConfig:
     n_steps: int = 19
     guidance: float = 1.0
     composition: Composition = "joint"
+    zero_below: float = 0.0
 
     def __post_init__(self):
         one_of("composition", self.composition, get_args(Composition))
@@ -69,6 +70,7 @@ class GenerationConfig:
         one_of("solver", self.solver, get_args(Solver))
         at_least("n_steps", self.n_steps, 1)
         non_negative("guidance", self.guidance)
+        non_negative("zero_below", self.zero_below)
 
 
 class TrainedPerturbation(NamedTuple):
@@ -278,7 +280,8 @@ def generate(
                 weights=weights,
             )
             parts.append(np.asarray(cells)[: n - start])
-        found[population] = Generated(np.concatenate(parts), drawn)
+        made = np.concatenate(parts)
+        found[population] = Generated(np.where(made < generation.zero_below, 0, made), drawn)
     return found, replaced
 
 
@@ -296,6 +299,7 @@ def predict(
     n_steps: int | None = None,
     guidance: float | None = None,
     composition: Composition | None = None,
+    zero_below: float | None = None,
     chunk: int = 32,
 ) -> AnnData:
     """Cells of each condition in each context, generated from the control cells of `adata` in that context.
@@ -305,8 +309,8 @@ def predict(
         conditions: as the data of training write them: `B+A`, `ctrl+A` and `A` are understood; any combination of names
             that training saw, in as many slots.
         contexts: where; all that have control cells unless given.
-        n_cells: of each condition and context; like solver, n_steps, guidance and composition (see `GenerationConfig`)
-            the run's own unless given.
+        n_cells: of each condition and context; like solver, n_steps, guidance, composition and zero_below (see
+            `GenerationConfig`) the run's own unless given.
         genes: any of the kept genes, in any order; all of them unless given. The model sees these and no others.
         seed: of noise and of the draw of controls. A condition's cells do not depend on which others are asked for.
         on_unknown: "mean" and "nearest" let others stand for a perturbation that training never saw, and say so in
@@ -330,6 +334,7 @@ def predict(
         "n_steps": n_steps,
         "guidance": guidance,
         "composition": composition,
+        "zero_below": zero_below,
     }
     generation = replace(trained.generation, **{name: value for name, value in given.items() if value is not None})
     asked = _asked(trained, conditions)

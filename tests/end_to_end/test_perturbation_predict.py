@@ -140,6 +140,15 @@ def test_composed_combinations_add_up_what_their_parts_do(perturbation_trained, 
         predict(blind, make_adata(), ASKED, composition="additive")
 
 
+def test_small_values_become_zeros_on_request(perturbation_trained, predicted):
+    floor = float(np.median(predicted.X[predicted.X > 0]))
+    found = predict(perturbation_trained, make_adata(), ASKED, seed=3, zero_below=floor)
+    np.testing.assert_array_equal(found.X, np.where(predicted.X < floor, 0, predicted.X))
+    assert found.uns["scjax"]["zero_below"] == floor
+    with pytest.raises(ValueError, match="zero_below"):
+        predict(perturbation_trained, make_adata(), ASKED, zero_below=-1.0)
+
+
 def test_one_program_serves_every_condition_and_number_of_cells(perturbation_trained, predicted):
     before = perturbation._sample._cache_size()
     few = predict(perturbation_trained, make_adata(), ["g0", "g0+z", "g1+z"], n_cells=1, seed=3)
