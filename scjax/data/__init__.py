@@ -16,5 +16,14 @@ and for perturbation data these:
     data = prepare_perturbation(adata, spec, rule, steps, GraphRule()) perturbation: cells, vocabulary, graph of genes
     batch_at = make_paired_batches(data, PairedSampling(), seed=0)     controls and perturbed cells of one population
 
+and for sets of cells these:
+
+    data = [("pbmc", adata), ("tahoe", other)]                         source: several files as one, genes by name
+    spec = DataSpec(space="lognormalised", perturbation="drug", cell_type="line", batch="donor",
+                    covariates=("line", "donor"))                      spec: controls are matched within covariates
+    rule = HoldOutCrossed(covariates=("donor",), values=(("D1",),), conditions=("A", "B"))
+    data = prepare_cell_sets(data, spec, rule, steps, absent="zero")   cellsets: ids of covariates, pools of controls
+    batch_at = make_cell_set_batches(data, CellSetSampling(), seed=0)  sets of one group, a control for each cell
+
 Models see the batches; AnnData stays here. `synthetic` makes populations whose answers are known.
 """

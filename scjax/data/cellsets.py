@@ -15,6 +15,7 @@ from scjax.data.sampling import CovariateRole
 from scjax.data.source import SOURCE, Absent, as_joined, join, open_source
 from scjax.data.spec import AnnData, DataSpec, expression_matrix, feature_names
 from scjax.data.splits import (
+    HoldOutContexts,
     HoldOutCrossed,
     PerturbationSplit,
     PerturbationSplitRule,
@@ -161,7 +162,8 @@ class CellSetData:
         populations, rows, split, transform: as in `PerturbationData`.
         source: int32[cells], the source that a cell is from; its gene space.
         measured: bool[sources, genes], the kept genes that each source measured.
-        part: int8[cells], 0 train, 1 validation, 2 test; 3 are controls that all parts may use.
+        part: int8[cells], 0 train, 1 validation, 2 test; 3 are controls that all parts may use (none where whole
+            contexts are held out, or where controls are divided).
         pools: of controls; None without perturbations.
         unmatched: how many perturbed cells have no control of their own context, by what stands in: "same batch" (of
             another cell type), "same cell type" (of another batch).
@@ -271,10 +273,7 @@ class CellSetData:
         for role in roles:
             if role not in self.covariates:
                 raise ValueError(f"group_by names {role!r}, but the DataSpec names no obs column for it. Leave it out.")
-        keys = np.stack([self.source[rows], *(self.covariates[role][rows] for role in roles)])
-        _, group = np.unique(keys, axis=1, return_inverse=True)
-        order = np.lexsort((rows, group.ravel()))
-        return tuple(np.split(rows[order], np.flatnonzero(np.diff(group.ravel()[order])) + 1)) if len(rows) else ()
+        return tuple(_by_key(np.sort(rows), self.source, *(self.covariates[role] for role in roles)).values())
 
 
 def prepare_cell_sets(
@@ -407,6 +406,8 @@ def read_control_cells(
         ValueError: no control cells, a context without any, missing genes, bad values, an unknown source, batch or cell
             type.
     """
+    if spec.is_unperturbed:
+        raise ValueError("The DataSpec names no perturbation: its data have no controls, and no prediction needs any.")
     names.id_of("sources", source)
     if source:
         own_genes = feature_names(adata, spec)
@@ -505,10 +506,11 @@ def _doses(population: Population) -> set[float]:
 def _parts(
     split: PerturbationSplit, populations: tuple[Population, ...], population_of: np.ndarray, *, has_controls: bool
 ) -> np.ndarray:
+    shared = has_controls and not isinstance(split.rule, HoldOutContexts)  # which leaves nothing of a context
     of_population = []
     for population in populations:
         number = next(i for i, part in enumerate(get_args(Part)) if population in getattr(split, part))
-        of_population.append(_SHARED if has_controls and population.is_control and number == 0 else number)
+        of_population.append(_SHARED if shared and population.is_control else number)
     return np.array(of_population, np.int8)[population_of]
 
 
@@ -585,13 +587,15 @@ def _pools(
 
 
 def _by_key(rows: np.ndarray, *keys: np.ndarray) -> dict[tuple[int, ...], np.ndarray]:
-    """The rows, increasing, that agree in these keys."""
+    """The rows that agree in these keys, in their order; the keys, which are not negative, in theirs."""
     if not len(rows):
         return {}
-    values, which = np.unique(np.stack([key[rows] for key in keys]), axis=1, return_inverse=True)
-    order = np.argsort(which.ravel(), kind="stable")
-    parts = np.split(rows[order], np.cumsum(np.bincount(which.ravel()))[:-1])
-    return {tuple(map(int, value)): part for value, part in zip(values.T, parts, strict=True)}
+    shape = tuple(int(key[rows].max()) + 1 for key in keys)
+    codes = np.ravel_multi_index([key[rows] for key in keys], shape)
+    found, n = np.unique(codes, return_counts=True)
+    parts = np.split(rows[np.argsort(codes, kind="stable")], np.cumsum(n)[:-1])
+    values = zip(*(axis.tolist() for axis in np.unravel_index(found, shape)), strict=True)
+    return dict(zip(values, parts, strict=True))
 
 
 def _report_unmatched(

@@ -151,13 +151,15 @@ def make_cell_set_batches(
         )
     targets = data.target_rows(populations, include_control=sampling.include_control)
     groups = data.groups(targets, sampling.group_by)
+    grouped = data.covariates if sampling.group_by is None else sampling.group_by
     if not groups:
         raise ValueError(
             "populations must hold cells to draw from; they have none"
             f"{'' if sampling.include_control else ' but controls (sampling.include_control=False)'}."
         )
     constant = {
-        role: all((ids[rows] == ids[rows[0]]).all() for rows in groups) for role, ids in data.covariates.items()
+        role: role in grouped or all((ids[rows] == ids[rows[0]]).all() for rows in groups)
+        for role, ids in data.covariates.items()
     }
     several = len(data.names.sources) > 1
     all_measured = bool(data.measured.all())

@@ -460,10 +460,10 @@ def split_populations(
     if not test and not isinstance(rule, HoldOutNone):
         raise ValueError(f"{rule} holds out none of {len(units)} {what}; HoldOutNone() says so.")
     if not any(not (perturbed and p.is_control) for p in train):
-        raise ValueError(f"{rule} holds out all {len(units)} {what}; none is left to train on.")
+        raise ValueError(f"{rule} holds out all {what}; none is left to train on.")
     validation = set() if isinstance(rule, HoldOutNone) else _validation(rule, train, covariates)
-    if len(validation) == len(train):
-        raise ValueError(f"{rule} keeps all {len(train)} remaining {what} for validation; none is left to train on.")
+    if not any(p not in validation and not (perturbed and p.is_control) for p in train):
+        raise ValueError(f"{rule} keeps all remaining {what} for validation; none is left to train on.")
     return PerturbationSplit(
         rule=rule,
         train=tuple(p for p in populations if p not in test and p not in validation),
