@@ -452,18 +452,24 @@ def split_populations(
         raise ValueError(f"{rule} holds out perturbations, and the data have none. Use HoldOutContexts or HoldOutNone.")
     # What can be held out: a context goes with its controls, else these stay.
     units = tuple(p for p in populations if not p.is_control or isinstance(rule, HoldOutContexts) or not perturbed)
-    if perturbed and all(p.is_control for p in populations):
-        raise ValueError("populations must hold at least one that is perturbed; all of them are controls.")
     what = "perturbed populations" if perturbed else "populations"
+
+    def learnable(parts: Iterable[Population]) -> int:
+        return sum(not (perturbed and p.is_control) for p in parts)
+
+    if not learnable(units):
+        raise ValueError("populations must hold at least one that is perturbed; all of them are controls.")
     test = _test_populations(rule, units, covariates, tuple(written))
     train = [p for p in units if p not in test]
     if not test and not isinstance(rule, HoldOutNone):
         raise ValueError(f"{rule} holds out none of {len(units)} {what}; HoldOutNone() says so.")
-    if not any(not (perturbed and p.is_control) for p in train):
-        raise ValueError(f"{rule} holds out all {what}; none is left to train on.")
+    if not learnable(train):
+        raise ValueError(f"{rule} holds out all {learnable(units)} {what}; none is left to train on.")
     validation = set() if isinstance(rule, HoldOutNone) else _validation(rule, train, covariates)
-    if not any(p not in validation and not (perturbed and p.is_control) for p in train):
-        raise ValueError(f"{rule} keeps all remaining {what} for validation; none is left to train on.")
+    if not learnable(p for p in train if p not in validation):
+        raise ValueError(
+            f"{rule} keeps the remaining {learnable(train)} {what} for validation; none is left to train on."
+        )
     return PerturbationSplit(
         rule=rule,
         train=tuple(p for p in populations if p not in test and p not in validation),

@@ -322,6 +322,9 @@ def test_each_problem_of_vectors(vectors, message):
     [
         ({}, "obs column of time .* or of perturbation; both are missing"),
         ({"time": "day", "dose": "d", "vectors": "v"}, "dose, vectors belong to perturbations"),
+        ({"cell_type": "t", "dose": "d", "vectors": "v"}, "dose, vectors belong to perturbations"),
+        ({"time": "day", "covariates": ("line",)}, "covariates belong to perturbations"),
+        ({"perturbation": "p", "cell_type_vectors": "v"}, "cell_type_vectors belong to cell types"),
         ({"perturbation": "p", "separator": " "}, "separator must be a visible sign"),
         ({"perturbation": "p", "control": ()}, "control must hold at least one name"),
         ({"perturbation": "p", "control": "a+b"}, r"control must hold at least one name, without '\+'"),
@@ -343,3 +346,59 @@ def test_roles_that_are_not_named_cannot_be_read():
         GENES.read_times(perturbed())
     with pytest.raises(ValueError, match="perturbation=None: this DataSpec names no obs column of perturbations"):
         COUNTS.read_populations(perturbed())
+
+
+KINDS = DataSpec(space="counts", cell_type="t", batch="b", covariates=("t", "b"), cell_type_vectors="v")
+
+
+def typed(**obs):
+    adata = cells(**{"t": ["x", "y"] * 4, "b": [1] * 4 + [2] * 4, **obs})
+    adata.uns["v"] = {"x": [1.0], "y": [2.0]}
+    return adata
+
+
+def test_cells_of_neither_times_nor_perturbations_have_contexts():
+    KINDS.check(typed(), every_role=True)
+    assert KINDS.is_unperturbed
+    assert not COUNTS.is_unperturbed
+    assert not GENES.is_unperturbed
+    populations, index = KINDS.read_populations(typed())
+    assert populations == tuple(Population((), c) for c in ("x | 1", "x | 2", "y | 1", "y | 2"))
+    np.testing.assert_array_equal(index, [0, 2, 0, 2, 1, 3, 1, 3])
+    alone = DataSpec(space="counts", batch="b")
+    populations, index = alone.read_populations(typed())
+    assert populations == (Population(()),)
+    assert not index.any()
+    assert from_dict(DataSpec, to_dict(KINDS)) == KINDS
+
+
+@pytest.mark.parametrize(
+    ("obs", "message"),
+    [
+        ({"b": [None] + ["1"] * 7}, r"batch: 1 cells have no value in obs\['b'\]"),
+        ({"t": [None] + ["x"] * 7}, r"cell_type: 1 cells have no value in obs\['t'\]"),
+        ({"t": ["x", "z"] * 4}, r"cell_type_vectors: adata.uns\['v'\] has none for 1 cell types \('z'\)"),
+    ],
+)
+def test_each_problem_of_cell_types_and_batches(obs, message):
+    with pytest.raises(ValueError, match=message):
+        KINDS.check(typed(**obs), every_role=True)
+
+
+def test_a_batch_is_asked_for_where_it_is_needed_only():
+    spec = DataSpec(space="counts", perturbation="p", batch="plate")
+    spec.check(perturbed())
+    with pytest.raises(ValueError, match="batch names a column of adata.obs; 'plate' is not one"):
+        spec.check(perturbed(), every_role=True)
+
+
+def test_contexts_without_controls_pass_on_request():
+    adata = perturbed(["A"] * 4 + ["ctrl"] * 4, line=LINE)
+    with pytest.raises(ValueError, match=r"have perturbed cells and no controls \('x'\)"):
+        LINES.check(adata)
+    LINES.check(adata, every_context=False)
+    with pytest.raises(ValueError, match="is a control"):
+        LINES.check(perturbed(["ctrl"] * 8, line=LINE))
+    LINES.check(perturbed(["ctrl"] * 8, line=LINE), every_context=False)
+    with pytest.raises(ValueError, match="no cell of .* is a control"):
+        LINES.check(perturbed(["A"] * 8, line=LINE), every_context=False)

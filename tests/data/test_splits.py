@@ -12,6 +12,8 @@ from scjax.data.splits import (
     AdditiveSplit,
     ComboSciPlexSplit,
     HoldOutConditions,
+    HoldOutContexts,
+    HoldOutCrossed,
     HoldOutGenes,
     HoldOutInterior,
     HoldOutLast,
@@ -132,6 +134,7 @@ PERTURBATION_RULES = [
     (HoldOutConditions(conditions=("B+A", "C")), POPULATIONS),
     (HoldOutPopulations(populations=(("A", "A172 | 1"), ("B+A", "T98G | 2"))), LINES),
     (LeaveOut(covariate="line", value="T98G"), LINES),
+    (HoldOutCrossed(covariates=("batch",), values=(("1",),), conditions=("A", "B+A")), LINES),
 ]
 
 
@@ -306,6 +309,78 @@ def test_combosciplex():
         split_populations(ComboSciPlexSplit(), populations[:-1])
 
 
+def test_conditions_crossed_with_contexts():
+    rule = HoldOutCrossed(
+        covariates=("batch",), values=(("1",),), conditions=("A", "A"), validation_conditions=("B+A", "A+B")
+    )
+    split = split_by(rule, LINES)
+    assert set(split.test) == {Population(("A",), f"{line} | 1") for line in ("A172", "T98G")}
+    assert set(split.validation) == {Population(("A", "B"), f"{line} | 1") for line in ("A172", "T98G")}
+    assert {p for p in LINES if p.is_control} <= set(split.train)
+    everywhere = replace(rule, conditions=None, validation_conditions=())
+    assert set(split_by(everywhere, LINES).test) == {p for p in LINES if p.context.endswith("1") and not p.is_control}
+
+
+def test_conditions_crossed_with_pairs_of_covariates():
+    rule = HoldOutCrossed(covariates=("batch", "line"), values=(("1", "T98G"), ("2", "A172")), conditions=("A",))
+    assert set(split_by(rule, LINES).test) == {Population(("A",), "T98G | 1"), Population(("A",), "A172 | 2")}
+
+
+def test_a_condition_may_lack_cells_in_some_of_the_contexts():
+    fewer = [p for p in LINES if p != Population(("A",), "T98G | 1")]
+    rule = HoldOutCrossed(covariates=("batch",), values=(("1",),), conditions=("A",))
+    assert split_populations(rule, fewer, ("line", "batch")).test == (Population(("A",), "A172 | 1"),)
+
+
+def test_validation_of_contexts_that_are_all_test_otherwise():
+    """The only other condition of the context is the one for validation."""
+    only = [p for p in LINES if p.perturbation in ((), ("A",), ("B",))]
+    rule = HoldOutCrossed(
+        covariates=("batch",), values=(("1",), ("2",)), conditions=("A",), validation_conditions=("B",)
+    )
+    only.append(Population(("A", "B"), "A172 | 3"))
+    split = split_populations(rule, only, ("line", "batch"))
+    assert conditions(split.test) == {"A"}
+    assert conditions(split.validation) == {"B"}
+
+
+CONTEXTS = [Population((), f"{line} | {batch}") for line in ("A172", "T98G") for batch in ("1", "2", "3")]
+
+
+def split_contexts(rule, **options):
+    return split_populations(rule, CONTEXTS, ("line", "batch"), perturbed=False, **options)
+
+
+def test_whole_contexts_without_perturbations(tmp_path):
+    rule = HoldOutContexts(covariates=("batch",), values=(("1",),), validation_values=(("3",),))
+    split = split_contexts(rule)
+    assert {p.context for p in split.test} == {"A172 | 1", "T98G | 1"}
+    assert {p.context for p in split.validation} == {"A172 | 3", "T98G | 3"}
+    assert {p.context for p in split.train} == {"A172 | 2", "T98G | 2"}
+    save_split(tmp_path / "split.json", split)
+    assert load_split(tmp_path / "split.json") == split
+    pair = split_contexts(HoldOutContexts(covariates=("line", "batch"), values=(("T98G", "2"),)))
+    assert [p.context for p in pair.test] == ["T98G | 2"]
+    assert split_contexts(HoldOutNone()).train == tuple(sorted(CONTEXTS))
+
+
+def test_a_fraction_of_contexts_for_validation_takes_whole_ones():
+    rule = HoldOutContexts(covariates=("batch",), values=(("1",),), validation_fraction=0.5)
+    split = split_contexts(rule)
+    kept = {p.context.split(" | ")[1] for p in split.validation}
+    assert len(kept) == 1
+    assert len(split.validation) == 2
+    assert kept.isdisjoint(p.context.split(" | ")[1] for p in split.train)
+
+
+def test_whole_contexts_take_their_controls_along():
+    split = split_by(HoldOutContexts(covariates=("line",), values=(("T98G",),)), LINES)
+    assert set(split.test) == {p for p in LINES if p.context.startswith("T98G")}
+    assert any(p.is_control for p in split.test)
+    left = split_by(LeaveOut(covariate="line", value="T98G"), LINES)
+    assert set(left.test) == {p for p in split.test if not p.is_control}
+
+
 def test_nothing_held_out_on_request():
     split = split_populations(HoldOutNone(), POPULATIONS)
     assert (split.train, split.validation, split.test) == (tuple(sorted(POPULATIONS)), (), ())
@@ -317,6 +392,14 @@ def test_the_global_generator_is_left_alone():
     np.random.seed(7)
     split_populations(AdditiveSplit(), POPULATIONS)
     np.testing.assert_array_equal(np.random.rand(3), expected)
+
+
+def crossed(**fields):
+    return HoldOutCrossed(**{"covariates": ("batch",), "values": (("1",),), "conditions": ("A",), **fields})
+
+
+def contexts(**fields):
+    return HoldOutContexts(**{"covariates": ("batch",), "values": (("1",),), **fields})
 
 
 @pytest.mark.parametrize(
@@ -347,6 +430,37 @@ def test_the_global_generator_is_left_alone():
         ),
         (lambda: split_populations(AdditiveSplit(), POPULATIONS, written=[("A", "X")]), "'A.X' is not one"),
         (lambda: split_populations(AdditiveSplit(), POPULATIONS, written=[("A",)]), "'A.B' is missing"),
+        (lambda: split_by(crossed(values=(("9",),)), LINES), "no perturbed population has batch='9'.* There are: 1, 2"),
+        (lambda: split_by(crossed(covariates=("plate",)), LINES), "HoldOutCrossed: covariate must be one of .*'plate'"),
+        (lambda: split_by(crossed(conditions=("C",)), LINES), "'C' is no condition of the data"),
+        (
+            lambda: split_populations(
+                crossed(covariates=("line", "batch"), values=(("T98G", "3"),)),
+                [*LINES, Population(("A",), "A172 | 3")],
+                ("line", "batch"),
+            ),
+            "no perturbed population has line='T98G' and batch='3' together",
+        ),
+        (
+            lambda: split_by(crossed(validation_conditions=("A",)), LINES),
+            "'A' is both for test and for validation",
+        ),
+        (lambda: crossed(covariates=()), "covariates must name at least one"),
+        (lambda: crossed(values=()), "values must hold at least one context"),
+        (lambda: crossed(values=(("1", "2"),)), "a value for each of the 1 covariates"),
+        (lambda: crossed(conditions=()), "None takes all"),
+        (lambda: crossed(conditions=None, validation_conditions=("A",)), "none is left for validation_conditions"),
+        (lambda: crossed(validation_conditions=("B",), validation_fraction=0.2), "give one of them"),
+        (lambda: contexts(validation_values=(("2",),), validation_fraction=0.2), "give one of them"),
+        (lambda: contexts(validation_values=(("1",),)), "both for test and for validation"),
+        (lambda: split_contexts(contexts(values=(("9",),))), "no population has batch='9'"),
+        (lambda: split_contexts(contexts(values=(("1",), ("2",), ("3",)))), "holds out all 6 populations"),
+        (
+            lambda: split_contexts(contexts(validation_values=(("2",), ("3",)))),
+            "keeps the remaining 4 populations for validation",
+        ),
+        (lambda: split_contexts(LeaveOut(covariate="batch", value="1")), "holds out perturbations, and the data have"),
+        (lambda: split_by(contexts(values=(("1",), ("2",))), LINES), "holds out all 12 perturbed populations"),
         (lambda: AdditiveSplit(fold=-1), "fold must be at least 0"),
         (lambda: AdditiveSplit(test_fraction=1.0), "test_fraction must lie in"),
         (lambda: AdditiveSplit(validation_fraction=1.0), "validation_fraction must lie in"),
