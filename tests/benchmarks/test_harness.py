@@ -78,6 +78,21 @@ def test_the_allocator_of_the_workers_is_a_choice(commands):
         assert (settings["set"] == harness.KEEP_MEMORY) == keep_memory
 
 
+def test_the_arithmetic_limit_stands_beside_the_time(commands):
+    script = Path(commands["ours"][1])
+    text = script.read_text().replace("compile_s=1.5", "flops=3e6, state_bytes=10**6, gemm=lambda: 2e9")
+    script.write_text(text.replace('print("and talks")', "import time; time.sleep(0.1)"))
+    result = harness.compare({"ours": commands["ours"]}, n_rounds=1, n_threads=1, progress=False)
+    side = result["sides"]["ours"]
+    assert side["flops"] == 3e6
+    assert side["least_s"]["median"] == pytest.approx(1.5e-3)
+    assert side["share"]["median"] == pytest.approx(1.5e-3 / side["wall_s"]["median"])
+    assert 0 < side["share"]["median"] < 1.5e-3 / 0.05
+    table = harness.report("title", result)
+    assert "least seconds" in table
+    assert f"{side['share']['median']:.0%}" in table
+
+
 def test_statistics_and_ratios_go_round_by_round():
     runs = [{"wall_s": 3.0, "cpu_s": 4.0}, {"wall_s": 1.0, "cpu_s": 2.0}]
     assert harness._statistics(runs)["wall_s"] == {"median": 2.0, "min": 1.0, "max": 3.0, "n": 2}
