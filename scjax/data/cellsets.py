@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
@@ -187,6 +188,10 @@ class CellSetData:
     vectors: Float[np.ndarray, "perturbations features"] | None = None
     cell_type_vectors: Float[np.ndarray, "cell_types features2"] | None = None
 
+    @cached_property
+    def _rows_of(self) -> dict[Population, np.ndarray]:  # a screen has a hundred thousand populations
+        return dict(zip(self.populations, self.rows, strict=True))
+
     @property
     def n_cells(self) -> int:
         return self.x.shape[0]
@@ -218,12 +223,12 @@ class CellSetData:
         return self.covariates["perturbation"] == 0
 
     def rows_of(self, population: Population) -> Int[np.ndarray, " n"]:
-        if population not in self.populations:
+        if population not in self._rows_of:
             raise ValueError(
                 f"population must be one of the data; {str(population)!r} is not."
                 f"{suggestion(population, self.populations)}"
             )
-        return self.rows[self.populations.index(population)]
+        return self._rows_of[population]
 
     def cells(self, population: Population) -> Float[np.ndarray, "n genes"]:
         """All cells of this population."""
@@ -355,7 +360,7 @@ def prepare_cell_sets(
         covariates=covariates,
         names=names,
         populations=populations,
-        rows=tuple(np.flatnonzero(population_of == i) for i in range(len(populations))),
+        rows=tuple(_by_key(np.arange(len(part)), population_of).values()),
         split=split,
         transform=transform,
         source=source_of,
@@ -507,10 +512,8 @@ def _parts(
     split: PerturbationSplit, populations: tuple[Population, ...], population_of: np.ndarray, *, has_controls: bool
 ) -> np.ndarray:
     shared = has_controls and not isinstance(split.rule, HoldOutContexts)  # which leaves nothing of a context
-    of_population = []
-    for population in populations:
-        number = next(i for i, part in enumerate(get_args(Part)) if population in getattr(split, part))
-        of_population.append(_SHARED if shared and population.is_control else number)
+    number = {p: i for i, part in enumerate(get_args(Part)) for p in getattr(split, part)}
+    of_population = [_SHARED if shared and p.is_control else number[p] for p in populations]
     return np.array(of_population, np.int8)[population_of]
 
 
@@ -531,12 +534,13 @@ def _divided(
         unit_of = [tuple(p.context.split(_JOIN_CONTEXT)[i] for i in places) for p in populations]
     else:
         unit_of = [(p.context,) for p in populations]
-    for unit in dict.fromkeys(unit_of):
-        here = np.isin(population_of, [i for i, of in enumerate(unit_of) if of == unit])
-        controls = np.flatnonzero(here & shared)
-        n = {number: int((here & (part == number)).sum()) for number in (1, 2)}
+    place = {unit: i for i, unit in enumerate(dict.fromkeys(unit_of))}
+    of_cell = np.array([place[unit] for unit in unit_of])[population_of]
+    for here in _by_key(np.arange(len(part)), of_cell).values():
+        controls = here[shared[here]]
+        n = {number: int((part[here] == number).sum()) for number in (1, 2)}
         np.random.default_rng(seed).shuffle(controls)
-        n_validation, n_test = (len(controls) * n[number] // int(here.sum()) for number in (1, 2))
+        n_validation, n_test = (len(controls) * n[number] // len(here) for number in (1, 2))
         part[controls] = 0
         part[controls[:n_validation]] = 1
         part[controls[n_validation : n_validation + n_test]] = 2
@@ -553,7 +557,8 @@ def _pools(
     unmatched: Unmatched,
 ) -> tuple[ControlPools, dict[str, int]]:
     contexts = sorted({p.context for p in populations})
-    context_of = np.array([contexts.index(p.context) for p in populations])[population_of]
+    place = {context: i for i, context in enumerate(contexts)}
+    context_of = np.array([place[p.context] for p in populations])[population_of]
     is_control = covariates["perturbation"] == 0
     cell_type, batch = (covariates.get(role, np.zeros_like(source_of)) for role in ("cell_type", "batch"))
     pool_of, pools, n_cells = np.full(len(part), -1, np.int64), [], {"same batch": 0, "same cell type": 0}

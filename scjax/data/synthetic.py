@@ -1,9 +1,10 @@
 """Populations whose answers are known.
 
 In time: interacting particles, an Ornstein-Uhlenbeck process, a shifted Gaussian. Perturbed: Gaussians shifted by each
-condition, and single effects that add up in doubles, or do not.
+condition, and single effects that add up in doubles, or do not. Populations that are themselves drawn: sets of cells
+whose mixture, shift or mean differs from set to set, and nobody tells.
 
-Everything here is NumPy in float64; `to_anndata` and `PerturbedCells.to_anndata` make what the rest of `data` reads.
+Everything here is NumPy in float64; `to_anndata` and the methods of that name make what the rest of `data` reads.
 """
 
 from collections.abc import Sequence
@@ -19,12 +20,15 @@ from scjax.data.spec import AnnData
 
 __all__ = [
     "AdditiveEpistasis",
+    "CellSets",
+    "GaussianPopulations",
     "GaussianShift",
     "GaussianShifts",
     "InteractingParticles",
     "OrnsteinUhlenbeck",
     "PerturbedCells",
     "Snapshots",
+    "VaryingMixtures",
     "to_anndata",
 ]
 
@@ -417,6 +421,177 @@ class AdditiveEpistasis:
     def simulate(self, *, seed: int, n_cells: int, conditions: Sequence[str] | None = None) -> PerturbedCells:
         """`n_cells` of each of `conditions` (None: all); its cells are the same whatever else is drawn."""
         return _simulate(self, seed, n_cells, conditions)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CellSets:
+    """Sets of perturbed cells, each drawn from a population of its own, with control cells that tell nothing of it.
+
+    Attributes:
+        x: float64[sets, cells, genes], in the place of log-normalised expression.
+        control: as many control cells, of one and the same population in every set.
+        hidden: by name, float64[sets]: what made each set's population, unknown to a model.
+        genes: their names.
+    """
+
+    x: Float[np.ndarray, "sets cells genes"]
+    control: Float[np.ndarray, "sets cells genes"]
+    hidden: dict[str, Float[np.ndarray, " sets"]]
+    genes: tuple[str, ...]
+
+    def to_anndata(self) -> AnnData:
+        """X (float32), obs["perturbation"] ("control" or "stimulated") and obs["batch"], one for each set. Read it with
+        `DataSpec(space="lognormalised", perturbation="perturbation", batch="batch")`.
+        """
+        import anndata
+        import pandas as pd
+
+        n_sets, n_cells, n_genes = self.x.shape
+        x = np.stack([self.control, self.x], axis=1).reshape(-1, n_genes)
+        batch = [f"set-{i:04d}" for i in range(n_sets)]
+        obs = pd.DataFrame(
+            {
+                "perturbation": pd.Categorical(np.tile(np.repeat(("control", "stimulated"), n_cells), n_sets)),
+                "batch": pd.Categorical(np.repeat(batch, 2 * n_cells)),
+            },
+            index=[f"cell-{i}" for i in range(len(x))],
+        )
+        return anndata.AnnData(x.astype(np.float32), obs=obs, var=pd.DataFrame(index=list(self.genes)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class VaryingMixtures:
+    """A population of populations: in each set another share of the cells responds, and all of the set are shifted.
+
+        cell = level + shift v + responds effect u + std noise,     responds = 1 with probability weight, else 0
+        weight ~ Beta(alpha, beta),  shift ~ N(0, shift_std^2),     one draw of each a set, which nothing observed tells
+
+    u and v are orthogonal unit vectors. Controls have neither response nor shift. A prediction that is right on average
+    (the mean set, again and again) has none of the spread of set means and weights: `set_mean_covariance` and
+    `weight_moments` are what samples of sets must have.
+    """
+
+    n_genes: int = 8
+    level: float = 5.0  # of every gene in controls, expression units
+    effect: float = 2.0  # of a response, expression units
+    shift_std: float = 0.25  # of sets, expression units
+    std: float = 0.3  # of cells, expression units
+    alpha: float = 2.0
+    beta: float = 2.0
+    seed: int = 0  # of the directions
+
+    def __post_init__(self):
+        at_least("n_genes", self.n_genes, 2)
+        for name in ("effect", "shift_std", "std", "alpha", "beta"):
+            positive(name, getattr(self, name))
+        _check_level(self.level, self.effect + 4 * self.shift_std, self.std)
+
+    @property
+    def genes(self) -> tuple[str, ...]:
+        return _gene_names(self.n_genes)
+
+    def directions(self) -> Float[np.ndarray, "2 genes"]:
+        """(u, v): of the response and of the shift."""
+        draws = np.random.default_rng([self.seed, 2]).standard_normal((self.n_genes, 2))
+        return np.linalg.qr(draws)[0].T
+
+    def weight_moments(self) -> tuple[float, float]:
+        """Mean and variance of the share of responding cells, over sets of any size."""
+        total = self.alpha + self.beta
+        return self.alpha / total, self.alpha * self.beta / (total**2 * (total + 1))
+
+    def mean(self) -> Float[np.ndarray, " genes"]:
+        """Of a perturbed cell, over all sets."""
+        return self.level + self.weight_moments()[0] * self.effect * self.directions()[0]
+
+    def set_mean_covariance(self, n_cells: int) -> Float[np.ndarray, "genes genes"]:
+        """Of the mean of a set of `n_cells`: what differs between populations, and what drawing so few cells adds."""
+        at_least("n_cells", n_cells, 1)
+        u, v = self.directions()
+        mean, variance = self.weight_moments()
+        bernoulli = mean - mean**2 - variance  # E w (1 - w)
+        along_u = self.effect**2 * (variance + bernoulli / n_cells)
+        along_v = self.shift_std**2
+        return along_u * np.outer(u, u) + along_v * np.outer(v, v) + self.std**2 / n_cells * np.eye(self.n_genes)
+
+    def weight(self, x: Float[np.ndarray, "*sets cells genes"]) -> Float[np.ndarray, "*sets"]:
+        """The share of cells that respond, read off the cells: those beyond half an effect along u."""
+        return np.mean((x - self.level) @ self.directions()[0] > self.effect / 2, axis=-1)
+
+    def shift(self, x: Float[np.ndarray, "*sets cells genes"]) -> Float[np.ndarray, "*sets"]:
+        """The set's shift, read off the cells: their mean along v."""
+        return np.mean((x - self.level) @ self.directions()[1], axis=-1)
+
+    def simulate(self, *, seed: int, n_sets: int, n_cells: int) -> CellSets:
+        """`n_sets` sets of `n_cells`; `hidden` holds "weight" and "shift"."""
+        at_least("n_sets", n_sets, 1)
+        at_least("n_cells", n_cells, 1)
+        rng = np.random.default_rng([seed, 3])
+        u, v = self.directions()
+        weight = rng.beta(self.alpha, self.beta, n_sets)
+        shift = self.shift_std * rng.standard_normal(n_sets)
+        responds = rng.random((n_sets, n_cells)) < weight[:, None]
+        noise = self.std * rng.standard_normal((2, n_sets, n_cells, self.n_genes))
+        x = self.level + shift[:, None, None] * v + responds[..., None] * self.effect * u + noise[0]
+        return CellSets(x=x, control=self.level + noise[1], hidden={"weight": weight, "shift": shift}, genes=self.genes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GaussianPopulations:
+    """Populations N(m, within_std^2 I) whose mean is drawn for each set: m ~ N(level + shift, between_std^2 I).
+
+    All cells of a set together are one Gaussian vector, so the best guess of a noised set's cells is known: `denoise`.
+    """
+
+    n_genes: int = 3
+    level: float = 5.0  # of every gene in controls, expression units
+    shift: float = 1.0  # of every gene by the perturbation, expression units
+    between_std: float = 0.4  # of the means of populations
+    within_std: float = 0.3  # of the cells around their population's mean
+
+    def __post_init__(self):
+        at_least("n_genes", self.n_genes, 1)
+        non_negative("shift", self.shift)
+        for name in ("between_std", "within_std"):
+            positive(name, getattr(self, name))
+        _check_level(self.level, 4 * self.between_std, self.within_std)
+
+    @property
+    def genes(self) -> tuple[str, ...]:
+        return _gene_names(self.n_genes)
+
+    def simulate(self, *, seed: int, n_sets: int, n_cells: int) -> CellSets:
+        """`n_sets` sets of `n_cells`; `hidden` holds "mean", the average of the population's mean over genes."""
+        at_least("n_sets", n_sets, 1)
+        at_least("n_cells", n_cells, 1)
+        rng = np.random.default_rng([seed, 4])
+        mean = self.level + self.shift + self.between_std * rng.standard_normal((n_sets, 1, self.n_genes))
+        noise = self.within_std * rng.standard_normal((2, n_sets, n_cells, self.n_genes))
+        control = self.level + noise[1]
+        return CellSets(x=mean + noise[0], control=control, hidden={"mean": mean.mean((1, 2))}, genes=self.genes)
+
+    def denoise(
+        self, x_t: Float[np.ndarray, "*sets cells genes"], alpha_bar: float, *, shared: float = 0.0
+    ) -> Float[np.ndarray, "*sets cells genes"]:
+        """E[x_0 | x_t] of sets x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) noise, from all cells of each set.
+
+        The mean of n cells varies by within^2 / n + between^2 and its noise by shared + (1 - shared) / n; a cell's
+        departure from it varies by within^2, and its noise by 1 - shared. Each is shrunk by its own ratio.
+
+        Args:
+            alpha_bar: in (0, 1].
+            shared: the correlation of the noise of two cells of a set.
+        """
+        n = x_t.shape[-2]
+        within = self.within_std**2
+
+        def shrink(signal: float, noise: float) -> float:
+            return np.sqrt(alpha_bar) * signal / (alpha_bar * signal + (1 - alpha_bar) * noise)
+
+        centre = self.level + self.shift
+        mean = x_t.mean(axis=-2, keepdims=True)
+        of_mean = shrink(within / n + self.between_std**2, shared + (1 - shared) / n)
+        return centre + of_mean * (mean - np.sqrt(alpha_bar) * centre) + shrink(within, 1 - shared) * (x_t - mean)
 
 
 def _simulate(

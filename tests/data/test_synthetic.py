@@ -9,10 +9,12 @@ from scjax.data.spec import DataSpec
 from scjax.data.splits import HoldOutConditions, HoldOutTimes
 from scjax.data.synthetic import (
     AdditiveEpistasis,
+    GaussianPopulations,
     GaussianShift,
     GaussianShifts,
     InteractingParticles,
     OrnsteinUhlenbeck,
+    VaryingMixtures,
     to_anndata,
 )
 from scjax.data.timeseries import prepare_time_series
@@ -224,6 +226,80 @@ def test_perturbed_cells_as_anndata():
     assert [p.condition for p in data.split.test] == ["g00+g01"]
 
 
+def test_varying_mixtures_moments_of_set_means():
+    """Within 4.5 standard errors: the mean of sets, and their covariance, along u, along v and elsewhere."""
+    world, n, n_cells = VaryingMixtures(alpha=1.5, beta=3.0, n_genes=5), 5000, 7
+    sets = world.simulate(seed=0, n_sets=n, n_cells=n_cells)
+    means, covariance = sets.x.mean(1), world.set_mean_covariance(n_cells)
+    std = np.sqrt(np.diag(covariance))
+    np.testing.assert_array_less(np.abs(means.mean(0) - world.mean()), 4.5 * std / np.sqrt(n))
+    np.testing.assert_array_less(np.abs(np.cov(means.T) - covariance), 4.5 * np.outer(std, std) * np.sqrt(2 / n))
+    u, v = world.directions()
+    np.testing.assert_allclose(np.stack([u, v]) @ np.stack([u, v]).T, np.eye(2), atol=1e-12)
+    many = world.set_mean_covariance(10**9)  # what differs between populations alone
+    np.testing.assert_allclose([u @ many @ u, v @ many @ v], [4 * world.weight_moments()[1], 0.0625], rtol=1e-6)
+    np.testing.assert_allclose(np.trace(many), u @ many @ u + v @ many @ v, rtol=1e-6)
+    control = sets.control.reshape(-1, 5)
+    np.testing.assert_allclose(control.mean(0), world.level, atol=4.5 * world.std / np.sqrt(len(control)))
+    assert min(sets.x.min(), sets.control.min()) > 0
+
+
+def test_varying_mixtures_weight_and_shift_are_read_off_the_cells():
+    """Responders lie seven noise standard deviations from the others; the rest is counting."""
+    world, n_cells = VaryingMixtures(), 400
+    sets = world.simulate(seed=1, n_sets=500, n_cells=n_cells)
+    weight, shift = world.weight(sets.x), world.shift(sets.x)
+    np.testing.assert_allclose(weight, sets.hidden["weight"], atol=4.5 * 0.5 / np.sqrt(n_cells))
+    np.testing.assert_allclose(shift, sets.hidden["shift"], atol=4.5 * world.std / np.sqrt(n_cells))
+    mean, variance = world.weight_moments()
+    hidden = sets.hidden["weight"]
+    assert abs(hidden.mean() - mean) < 4.5 * np.sqrt(variance / 500)
+    assert abs(hidden.var() - variance) < 4.5 * variance * np.sqrt(2 / 500)
+    assert abs(np.corrcoef(weight, shift)[0, 1]) < 4.5 / np.sqrt(500)
+    np.testing.assert_allclose(world.weight(sets.control), 0, atol=0.02)
+    np.testing.assert_array_equal(world.simulate(seed=1, n_sets=500, n_cells=n_cells).x, sets.x)
+
+
+def test_gaussian_populations_moments():
+    world, n, n_cells = GaussianPopulations(), 4000, 3
+    sets = world.simulate(seed=2, n_sets=n, n_cells=n_cells)
+    assert sets.x.shape == sets.control.shape == (n, n_cells, 3)
+    one_gene = sets.x[..., 1] - world.level - world.shift
+    expected = world.between_std**2 + world.within_std**2 * np.eye(n_cells)
+    np.testing.assert_allclose(one_gene.mean(), 0, atol=4.5 * np.sqrt(expected.mean() / n))
+    np.testing.assert_allclose(np.cov(one_gene.T), expected, atol=4.5 * expected[0, 0] * np.sqrt(2 / n))
+    assert abs(np.cov(sets.x[:, 0, 0], sets.x[:, 0, 1])[0, 1]) < 4.5 * expected[0, 0] / np.sqrt(n)  # genes are apart
+    np.testing.assert_allclose(sets.hidden["mean"], sets.x.mean((1, 2)), atol=4.5 * world.within_std / 3)
+
+
+@pytest.mark.parametrize("shared", [0.0, 0.3])
+def test_best_guess_of_gaussian_populations_is_conditioning(shared):
+    """All cells of a set and one gene as one Gaussian vector: E x_0 + Cov(x_0, x_t) Cov(x_t)^-1 (x_t - E x_t)."""
+    world, n_cells, alpha_bar = GaussianPopulations(n_genes=2), 4, 0.6
+    x_t = np.random.default_rng(0).normal(size=(3, n_cells, 2))
+    signal = world.between_std**2 + world.within_std**2 * np.eye(n_cells)
+    noise = shared + (1 - shared) * np.eye(n_cells)
+    gain = np.sqrt(alpha_bar) * signal @ np.linalg.inv(alpha_bar * signal + (1 - alpha_bar) * noise)
+    centre = world.level + world.shift
+    expected = centre + np.einsum("ij,sjg->sig", gain, x_t - np.sqrt(alpha_bar) * centre)
+    np.testing.assert_allclose(world.denoise(x_t, alpha_bar, shared=shared), expected, rtol=1e-10)
+    np.testing.assert_allclose(world.denoise(x_t, 1.0), x_t)  # nothing to guess
+
+
+def test_cell_sets_as_anndata():
+    sets = VaryingMixtures(n_genes=2).simulate(seed=0, n_sets=3, n_cells=4)
+    adata = sets.to_anndata()
+    assert adata.shape == (24, 2)
+    assert tuple(adata.var_names) == sets.genes
+    assert adata.obs_names.is_unique
+    of = lambda batch, what: adata[(adata.obs["batch"] == batch) & (adata.obs["perturbation"] == what)].X  # noqa: E731
+    for i, batch in enumerate(("set-0000", "set-0001", "set-0002")):
+        np.testing.assert_array_equal(of(batch, "stimulated"), sets.x[i].astype(np.float32))
+        np.testing.assert_array_equal(of(batch, "control"), sets.control[i].astype(np.float32))
+    spec = DataSpec(space="lognormalised", perturbation="perturbation", batch="batch")
+    spec.check(adata)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -243,6 +319,14 @@ def test_perturbed_cells_as_anndata():
         (lambda: GaussianShifts().covariance("g7"), "one of this world's 5"),
         (lambda: GaussianShifts().simulate(seed=0, n_cells=0), "n_cells must be at least 1"),
         (lambda: GaussianShifts().simulate(seed=0, n_cells=1, conditions=("x",)), "got 'x'"),
+        (lambda: VaryingMixtures(n_genes=1), "n_genes must be at least 2"),
+        (lambda: VaryingMixtures(alpha=0.0), "alpha must be a positive"),
+        (lambda: VaryingMixtures(level=4.0), "level must be at least 4.8"),
+        (lambda: VaryingMixtures().simulate(seed=0, n_sets=0, n_cells=1), "n_sets must be at least 1"),
+        (lambda: VaryingMixtures().set_mean_covariance(0), "n_cells must be at least 1"),
+        (lambda: GaussianPopulations(within_std=0.0), "within_std must be a positive"),
+        (lambda: GaussianPopulations(level=3.0), "level must be at least 3.4"),
+        (lambda: GaussianPopulations().simulate(seed=0, n_sets=1, n_cells=0), "n_cells must be at least 1"),
         (lambda: AdditiveEpistasis(epistasis="none", n_perturbed=1), "n_perturbed must be at least 2"),
         (lambda: AdditiveEpistasis(epistasis="none", n_classes=0), "n_classes must be at least 1"),
         (lambda: AdditiveEpistasis(epistasis="none", std=0.6), "level must be at least 6.6"),
