@@ -129,7 +129,6 @@ class Config:
     shared_noise: float = 0.0
     """Correlation of the noise of two cells of a set. 0 is the reference; above it, training also moves whole sets."""
     divisor: float = 10.0  # log-normalised expression per unit of the model
-    cutoff: float = 1e-4  # predictions of x_0 below, in the model's unit, are set to 0 while sampling
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Of matrix products and the activations between them. Parameters, the two streams, normalisations, softmax and
     losses stay float32."""
@@ -170,7 +169,6 @@ class Config:
         if self.denoising_weight == self.energy_weight == 0:
             raise ValueError("denoising_weight or energy_weight must be above 0; got 0 for both, which is no loss.")
         positive("divisor", self.divisor)
-        non_negative("cutoff", self.cutoff)
         one_of("compute_dtype", self.compute_dtype, ("float32", "bfloat16"))
         one_of("remat", self.remat, ("none", "layers"))
 
@@ -584,7 +582,7 @@ def denoise(
     x_t: Float[Array, "sets cells genes"],
     t: Int[Array, " sets"],
     control: Float[Array, "sets cells genes"],
-    covariates: Covariates | None,
+    covariates: Covariates | Float[Array, "sets rows width"] | None,
     x0_prev: Float[Array, "sets cells genes"] | None = None,
     *,
     mask: Bool[Array, "sets cells"] | None = None,
@@ -599,7 +597,8 @@ def denoise(
 
     Args:
         x_t: cells with the noise of the times `t`, which count from 0.
-        covariates: ids by role as `CellSetBatch` has them; None is what training with hidden covariates has learned.
+        covariates: ids by role as `CellSetBatch` has them, or vectors as `covariate_embedding` makes them (a mean over
+            known perturbations for an unknown one); None is what training with hidden covariates has learned.
         x0_prev: an earlier prediction of x_0; None is a first guess.
         mask: False for filler, which nobody attends to; None: all are cells.
         space: gene space of each set, where the config has several.
@@ -655,7 +654,7 @@ def loss_at(
 def sample(
     params: Params,
     control: Float[Array, "sets cells genes"],
-    covariates: Covariates | None,
+    covariates: Covariates | Float[Array, "sets rows width"] | None,
     key: PRNGKeyArray,
     *,
     constants: Constants,
@@ -667,6 +666,7 @@ def sample(
     eta: float = 0.0,
     variance: Variance = "large",
     noise_weight: float = 0.5,
+    cutoff: float = 1e-4,
     mask: Bool[Array, "sets cells"] | None = None,
     space: Int[Array, " sets"] | None = None,
     measured: Bool[Array, "sets genes"] | None = None,
@@ -688,6 +688,7 @@ def sample(
             noise, as the published sampler does, which is far from what the network was trained on.
         guidance: 1 is the conditional prediction; above, it is moved on, away from the unconditional one. The
             reference's guidance strength is this less 1.
+        cutoff: predictions of x_0 below, in the model's unit, are set to 0 in every step.
         mask, space, measured: as for `denoise`.
         start, noise: standard normal draws to use instead of the key's: for the start, and for each step in order.
         trajectory: return the whole `Path` instead of its last state.
@@ -697,6 +698,7 @@ def sample(
     """
     one_of("sampler", sampler, ("ddim", "ddpm"))
     non_negative("guidance", guidance)
+    non_negative("cutoff", cutoff)
     x = jnp.zeros_like(control) if start is None else start
     if x.shape != control.shape or (noise is not None and noise.shape != (n_steps, *x.shape)):
         raise ValueError(
@@ -731,7 +733,7 @@ def sample(
             x0 = guide(conditional, without, guidance)
         else:
             x0 = _predict(params, tokens, modulations, view, config)
-        x0 = jnp.where(x0 < config.cutoff, 0, x0)
+        x0 = jnp.where(x0 < cutoff, 0, x0)
         if sampler == "ddim":
             x = ddim_step(chain.schedule, x0, x, index, z if draws else None, eta=eta)
         else:
@@ -975,7 +977,9 @@ def _condition(params, covariates, n_sets, constants, config, hidden=None) -> Ar
     """What covariates say in the width of the model: float[sets, 1, d], or float[sets, cells, d] of each cell."""
     if covariates is None:
         return jnp.tile(_nothing(params, config), (n_sets, 1, 1))
-    embedding = covariate_embedding(params, covariates, constants=constants, config=config)
+    embedding = covariates
+    if isinstance(covariates, Mapping):
+        embedding = covariate_embedding(params, covariates, constants=constants, config=config)
     e = _apply(params, "condition", config, embedding)
     e = jnp.broadcast_to(e, (n_sets, *e.shape[1:]))
     return e if hidden is None else jnp.where(hidden[:, None, None], _nothing(params, config), e)
@@ -1113,6 +1117,14 @@ def _check(x, t, control, covariates, x0_prev, mask, space, measured, constants,
             f"space must say which of the n_spaces={config.n_spaces} gene spaces each set is of; got None."
         )
     if covariates is None:
+        return
+    if not isinstance(covariates, Mapping):
+        rows, width = (n_cells, 1), config.width_of_covariates
+        if covariates.shape[0] != n_sets or covariates.shape[1] not in rows or covariates.shape[2] != width:
+            raise ValueError(
+                f"covariates given as vectors must have the shape {(n_sets, 1, width)} or {(n_sets, n_cells, width)}; "
+                f"got {covariates.shape}."
+            )
         return
     for role in roles(config):
         if role not in covariates:

@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from scjax.batches import PairedBatch, TimeSeriesBatch
-from scjax.models import scdfm, scimf
+from scjax.batches import CellSetBatch, PairedBatch, TimeSeriesBatch
+from scjax.models import perturbdiff, scdfm, scimf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +143,126 @@ SCDFM_VECTORS = replace(
     alternatives={},
 )
 
+
+def cell_sets(config, n):
+    """Four sets of three cells, the last cell of one of them filler, from two gene spaces."""
+    rng = np.random.default_rng([9, n])
+    cells = rng.exponential(size=(4, 3, config.n_genes)).astype(np.float32)
+    mask = np.ones((4, 3), bool)
+    cells[1, 2], mask[1, 2] = cells[1, 0], False
+    measured = np.ones((4, config.n_genes), bool)
+    measured[3, :2] = False
+    ids = lambda n: rng.permutation(np.arange(4) % n).astype(np.int32)  # noqa: E731
+    return CellSetBatch(
+        cells=cells,
+        control=rng.exponential(size=cells.shape).astype(np.float32),
+        covariates={
+            "perturbation": ids(3),
+            "cell_type": ids(2),
+            "batch": np.stack([ids(2) for _ in range(3)], axis=1) if config.remat == "layers" else ids(2),
+            "dose": ids(3),
+        },
+        mask=mask,
+        space=ids(2),
+        measured=measured,
+    )
+
+
+def awake(module):
+    """The module with noise on its first parameters: the zeros of adaLN-Zero let no gradient into the layers."""
+
+    def init(key, config):
+        leaves, structure = jax.tree.flatten(module.init(key, config))
+        keys = jax.random.split(jax.random.fold_in(key, 1), len(leaves))
+        noisy = [leaf + 0.1 * jax.random.normal(k, leaf.shape) for leaf, k in zip(leaves, keys, strict=True)]
+        return jax.tree.unflatten(structure, noisy)
+
+    copy = ModuleType(module.__name__)
+    vars(copy).update(vars(module), init=init)
+    return copy
+
+
+PERTURBDIFF = Row(
+    module=awake(perturbdiff),
+    config=perturbdiff.Config(
+        n_genes=6,
+        n_perturbations=3,
+        n_cell_types=2,
+        n_batches=2,
+        n_perturbation_features=4,
+        n_cell_type_features=3,
+        n_doses=3,
+        n_spaces=2,
+        d_model=8,
+        n_layers=2,
+        n_heads=2,
+        d_covariate=4,
+        control_dropout=0.1,
+        denoising_weight=0.7,
+        energy_weight=0.9,
+        divisor=2.0,
+    ),
+    batch_at=cell_sets,
+    total=lambda c, terms: c.denoising_weight * terms["denoising"] + c.energy_weight * terms[f"{c.distance}_distance"],
+    constants=lambda c: {
+        "constants": perturbdiff.Constants(jnp.eye(3, c.n_perturbation_features), jnp.eye(2, c.n_cell_type_features))
+    },
+    alternatives={
+        "n_genes": 7,
+        "n_perturbations": 4,
+        "n_cell_types": 3,
+        "n_batches": 3,
+        "n_perturbation_features": {"perturbation": "vector", "n_perturbation_features": 5},
+        "n_cell_type_features": {"cell_type": "vector", "n_cell_type_features": 5},
+        "n_doses": None,
+        "n_spaces": 3,
+        "d_model": 4,
+        "n_layers": 1,
+        "n_heads": 4,
+        "mlp_ratio": 2.0,
+        "perturbation": "none",
+        "cell_type": "none",
+        "batch": "none",
+        "d_covariate": 3,
+        "covariate_width": "model",
+        "attention": "tokens",
+        "block": "sequential",
+        "class_silu": True,
+        "schedule": "cosine",
+        "n_times": 100,
+        "condition_dropout": 0.2,
+        "control_dropout": 0.2,
+        "self_conditioning": 0.25,
+        "drop_per": "batch",
+        "mask_filler": False,
+        "denoising_weight": 0.5,
+        "energy_weight": 0.5,
+        "distance": "gaussian",
+        "shared_noise": 0.3,
+        "divisor": 4.0,
+        "compute_dtype": "bfloat16",
+        "remat": "layers",
+    },
+)
+PERTURBDIFF_OPTIONS = replace(
+    PERTURBDIFF,
+    config=replace(
+        PERTURBDIFF.config,
+        n_doses=None,
+        n_spaces=3,
+        perturbation="vector",
+        cell_type="vector",
+        covariate_width="model",
+        attention="tokens",
+        block="sequential",
+        class_silu=True,
+        distance="gaussian",
+        shared_noise=0.2,
+        remat="layers",  # and covariates that change from cell to cell
+    ),
+    alternatives={},
+)
+
 MODELS: dict[str, Row] = {
     "scimf": SCIMF,
     "scimf-options": replace(
@@ -151,4 +272,6 @@ MODELS: dict[str, Row] = {
     ),
     "scdfm": SCDFM,
     "scdfm-vectors": SCDFM_VECTORS,
+    "perturbdiff": PERTURBDIFF,
+    "perturbdiff-options": PERTURBDIFF_OPTIONS,
 }

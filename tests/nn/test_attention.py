@@ -69,6 +69,22 @@ def test_members_have_no_order(qkv):
     np.testing.assert_allclose(shuffled, attend(*qkv, exclude_self=True)[:, perm], atol=1e-6)
 
 
+def test_who_does_not_send_is_absent(qkv):
+    """Values and gradients are those without the members left out; where nobody sends, zeros."""
+    q, k, v = qkv
+    senders, r = jnp.array([True, False, True, True, False, True, True]), jax.random.normal(jax.random.key(7), q.shape)
+    total = lambda q, k, v, **options: jnp.sum(r * attend(q, k, v, **options))  # noqa: E731
+    grad = jax.value_and_grad(total, argnums=(0, 1, 2))
+    value, (of_q, of_k, of_v) = grad(q, k, v, senders=senders)
+    alone, (q_alone, k_alone, v_alone) = grad(q, k[:, senders], v[:, senders])
+    np.testing.assert_allclose(value, alone, rtol=1e-5)
+    np.testing.assert_allclose(of_q, q_alone, atol=1e-5)
+    for got, want in ((of_k, k_alone), (of_v, v_alone)):
+        np.testing.assert_allclose(got[:, senders], want, atol=1e-5)
+        assert not np.any(got[:, ~senders])
+    np.testing.assert_array_equal(attend(q, k, v, senders=jnp.zeros(N, bool)), 0)
+
+
 def test_own_key_and_value_do_not_matter(qkv):
     q, k, v = qkv
     before = attend(q, k, v, exclude_self=True)
