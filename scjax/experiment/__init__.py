@@ -13,7 +13,8 @@ from typing import Any, TypeAlias
 from scjax.check import one_of
 from scjax.config import from_dict, from_json
 from scjax.data.spec import AnnData
-from scjax.experiment import perturbation, timeseries
+from scjax.experiment import cellsets, perturbation, timeseries
+from scjax.experiment.cellsets import CellSetExperiment, Pretrained
 from scjax.experiment.perturbation import PerturbationExperiment
 from scjax.experiment.run import (
     Run,
@@ -30,8 +31,10 @@ from scjax.predict import load, model_title
 from scjax.train.hooks import Hook
 
 __all__ = [
+    "CellSetExperiment",
     "Experiment",
     "PerturbationExperiment",
+    "Pretrained",
     "Run",
     "TimeSeriesExperiment",
     "evaluate",
@@ -40,12 +43,13 @@ __all__ = [
     "train",
 ]
 
-Experiment: TypeAlias = TimeSeriesExperiment | PerturbationExperiment
+Experiment: TypeAlias = TimeSeriesExperiment | PerturbationExperiment | CellSetExperiment
 
 # Each kind of experiment, and the module with its `digest`, `prepare` and `tables`.
 _KINDS: dict[str, tuple[type, ModuleType]] = {
     "TimeSeriesExperiment": (TimeSeriesExperiment, timeseries),
     "PerturbationExperiment": (PerturbationExperiment, perturbation),
+    "CellSetExperiment": (CellSetExperiment, cellsets),
 }
 
 
@@ -104,7 +108,7 @@ def train(
     if resume:
         check_same_settings(read_experiment(workdir), experiment, workdir)
     module = _KINDS[experiment.kind][1]
-    experiment.spec.check(adata)
+    module.check(adata, experiment.spec)
     digest = module.digest(adata, experiment.spec)
     return train_task(experiment, adata, workdir, digest, module.prepare, resume=resume, step=step, hooks=hooks)
 

@@ -26,7 +26,7 @@ from scjax.train.loop import Validate
 from scjax.train.optimizers import OptimizerConfig
 from scjax.types import Population
 
-__all__ = ["PerturbationExperiment", "digest", "prepare", "tables"]
+__all__ = ["PerturbationExperiment", "check", "digest", "prepare", "tables"]
 
 _N_VALIDATION = 8  # batches of which a validation score is the mean
 
@@ -118,6 +118,10 @@ class PerturbationExperiment:
     @property
     def cells_per_step(self) -> int:
         return self.sampling.n_populations * self.sampling.n_cells
+
+
+def check(adata: AnnData, spec: DataSpec) -> None:
+    spec.check(adata)
 
 
 def digest(adata: AnnData, spec: DataSpec) -> str:

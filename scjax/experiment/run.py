@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +21,7 @@ from scjax.train.hooks import Hook, JsonlLogger, SaveCheckpoints
 from scjax.train.loop import Validate, fit
 from scjax.train.optimizers import make_optimizer
 from scjax.train.state import TrainState, init_state
-from scjax.types import Batch, Model
+from scjax.types import Batch, Model, Params
 
 __all__ = [
     "Run",
@@ -48,6 +50,9 @@ class Task(NamedTuple):
         arrays: fitted ones, kept in every checkpoint beside the state.
         about: what else a checkpoint tells: kind, transform, split, ...
         validate: scores on data kept for that; None where nothing is.
+        start: parameters of the first step, of a key; None draws them by `model.init`.
+        told: what is written to stderr before training begins.
+        average: options of the moving average, for `fit`.
     """
 
     model: Model
@@ -57,6 +62,9 @@ class Task(NamedTuple):
     arrays: Mapping[str, Any]
     about: Mapping[str, Any]
     validate: Validate | None = None
+    start: Callable[[Any], Params] | None = None
+    told: str = ""
+    average: Mapping[str, Any] = MappingProxyType({})
 
 
 class Run(NamedTuple):
@@ -128,7 +136,7 @@ def train_task(
     task = prepare(experiment, adata)
     tx = make_optimizer(experiment.optimizer, experiment.n_steps)
     key_init, key_train = jax.random.split(jax.random.key(experiment.seed))
-    params, state = jax.jit(task.model.init)(key_init), None
+    params, state = (task.start or jax.jit(task.model.init))(key_init), None
     if resume:
         ema, best = experiment.ema_decay is not None, task.validate is not None
         template = jax.eval_shape(lambda p, k: init_state(p, tx, k, ema=ema, best=best), params, key_train)
@@ -139,7 +147,7 @@ def train_task(
         **task.about,
         "experiment": to_dict(experiment),
         "split": to_dict(task.split),
-        "data": {"digest": digest, "n_cells": int(adata.n_obs)},
+        "data": {"digest": digest, "n_cells": _n_cells(adata)},
     }
     about["run"] = hashlib.blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=8).hexdigest()
     about["provenance"] = checkpoint.provenance()
@@ -149,6 +157,8 @@ def train_task(
             with open(workdir / name, "x", encoding="utf-8") as file:
                 file.write(to_json(settings))
 
+    if task.told:
+        sys.stderr.write(f"{task.told}\n")
     validation = {}
     if task.validate is not None:
         validation = {
@@ -166,6 +176,7 @@ def train_task(
             n_steps=experiment.n_steps,
             scan_steps=experiment.scan_steps,
             ema_decay=experiment.ema_decay,
+            **task.average,
             state=state,
             stream=prefetch,
             hooks=(SaveCheckpoints(writer, task.arrays), JsonlLogger(workdir / "metrics.jsonl"), *hooks),
@@ -220,6 +231,12 @@ def check_comparable(about: Mapping[str, Any], first: Mapping[str, Any], parts: 
                 f"runs {about['run']} and {first['run']} differ in their {part} ({about[part]!r:.200}, "
                 f"{first[part]!r:.200}); they cannot share a table. Evaluate them one by one."
             )
+
+
+def _n_cells(adata: Any) -> int:
+    """Of one AnnData, or of several with their names."""
+    files = [one for _, one in adata] if isinstance(adata, Sequence) else [adata]
+    return sum(int(one.n_obs) for one in files)
 
 
 def _differences(one: Any, other: Any) -> Iterator[tuple[str, Any, Any]]:

@@ -22,7 +22,7 @@ from scjax.models import scimf
 from scjax.predict import TrainedTimeSeries, project, simulate_cells
 from scjax.train.optimizers import OptimizerConfig
 
-__all__ = ["TimeSeriesExperiment", "digest", "prepare", "tables"]
+__all__ = ["TimeSeriesExperiment", "check", "digest", "prepare", "tables"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +73,10 @@ class TimeSeriesExperiment:
     @property
     def cells_per_step(self) -> int:
         return self.sampling.n_cells
+
+
+def check(adata: AnnData, spec: DataSpec) -> None:
+    spec.check(adata)
 
 
 def digest(adata: AnnData, spec: DataSpec) -> str:

@@ -2,7 +2,7 @@
 
 trained = load("runs/first")                        the kind of run decides what it can predict:
 predict(trained, adata, [2.0, 4.5])                 a time series: the population at these times
-predict(trained, adata, ["KLF1+MAP2K6"])            perturbations: what control cells become
+predict(trained, adata, ["KLF1+MAP2K6"])            perturbations: what control cells become, or sets of such cells
 """
 
 from collections.abc import Callable, Iterable
@@ -12,15 +12,18 @@ from typing import Any, NamedTuple, TypeAlias
 
 from scjax import checkpoint
 from scjax.data.spec import AnnData
-from scjax.models import scdfm, scimf
-from scjax.predict import perturbation, timeseries
+from scjax.models import perturbdiff, scdfm, scimf
+from scjax.predict import cellsets, perturbation, timeseries
+from scjax.predict.cellsets import SetGenerationConfig, TrainedCellSets
 from scjax.predict.perturbation import GenerationConfig, TrainedPerturbation, observed_cells
 from scjax.predict.timeseries import TrainedTimeSeries, interaction_scores, project, simulate_cells, velocity
 
 __all__ = [
     "MODELS",
     "GenerationConfig",
+    "SetGenerationConfig",
     "Trained",
+    "TrainedCellSets",
     "TrainedPerturbation",
     "TrainedTimeSeries",
     "interaction_scores",
@@ -33,7 +36,7 @@ __all__ = [
     "velocity",
 ]
 
-Trained: TypeAlias = TrainedTimeSeries | TrainedPerturbation
+Trained: TypeAlias = TrainedTimeSeries | TrainedPerturbation | TrainedCellSets
 
 
 class ModelKind(NamedTuple):
@@ -53,6 +56,7 @@ class ModelKind(NamedTuple):
 MODELS: dict[str, ModelKind] = {  # by the `kind` that a checkpoint is stored under
     "scimf": ModelKind("scIMF", scimf, TrainedTimeSeries.from_checkpoint),
     "scdfm": ModelKind("scDFM", scdfm, TrainedPerturbation.from_checkpoint),
+    "perturbdiff": ModelKind("PerturbDiff", perturbdiff, TrainedCellSets.from_checkpoint),
 }
 
 
@@ -81,7 +85,7 @@ def load(directory: str | Path, step: int | None = None) -> Trained:
 def predict(trained: Trained, adata: AnnData, wanted: Iterable[Any], **options: Any) -> AnnData:
     """Times of a time series, conditions of perturbations.
 
-    `options` and what comes back: see `timeseries.predict` and `perturbation.predict`.
+    `options` and what comes back: see `timeseries.predict`, `perturbation.predict` and `cellsets.predict`.
     """
-    module = timeseries if isinstance(trained, TrainedTimeSeries) else perturbation
-    return module.predict(trained, adata, wanted, **options)
+    modules = {TrainedTimeSeries: timeseries, TrainedPerturbation: perturbation, TrainedCellSets: cellsets}
+    return modules[type(trained)].predict(trained, adata, wanted, **options)
