@@ -58,14 +58,15 @@ def demo(
         folder = out / "runs" / f"{variant.folder}-seed{seed}"
         runs[name].append(folder)
         _train(replace(variant.experiment, seed=seed), show.adata, folder)
-    tables = evaluate(runs, show.adata)
+    predicted = show.predict(show.adata, runs)
+    tables = evaluate(runs, show.adata, **({"predicted": predicted} if predicted else {}))
     for table in tables:
         report = report_of(table)
         print("\n" + report.render(table))
         print("\n".join(report.verdict(table, next(iter(runs)), metric.name) for metric in table.metrics))
     numbers = [report_of(table).to_json_dict(table) for table in tables]
     (out / "metrics.json").write_text(json.dumps(numbers, indent=1) + "\n")
-    figures = show.finish(out, show.adata, runs, tables)
+    figures = show.finish(out, show.adata, runs, tables, predicted)
     print(f"\nwritten to {out}: metrics.json, predictions.h5ad, {', '.join(figures)}, runs/")
     print(f"total {time.perf_counter() - began:.0f} s")
     return out
@@ -77,12 +78,13 @@ class _Variant(NamedTuple):
 
 
 class _Show(NamedTuple):
-    """Data with a word about them, the models that are trained, and what comes after the tables: files, figures."""
+    """Data with a word about them, the models that are trained, what they predict, and what comes after the tables."""
 
     adata: Any
     about: str
     variants: Mapping[str, _Variant]
-    finish: Any  # (out, adata, runs, tables) -> names of the figures
+    predict: Any  # (adata, runs) -> for each row an AnnData a seed; nothing where the tables' own way is cheap
+    finish: Any  # (out, adata, runs, tables, predicted) -> names of the figures, which with other files it writes
 
 
 def _train(experiment: Experiment, adata: Any, folder: Path) -> None:
@@ -108,11 +110,11 @@ def _time_series(experiment: Experiment) -> _Show:
         _WITH: _Variant("with-interactions", experiment),
         _WITHOUT: _Variant("without-interactions", without),
     }
-    return _Show(adata, about, variants, _finish_time_series)
+    return _Show(adata, about, variants, lambda adata, runs: {}, _finish_time_series)
 
 
 def _finish_time_series(
-    out: Path, adata: Any, runs: Mapping[str, Sequence[Path]], tables: Sequence[Any]
+    out: Path, adata: Any, runs: Mapping[str, Sequence[Path]], tables: Sequence[Any], _: Mapping[str, Any]
 ) -> tuple[str, ...]:
     import numpy as np
 
@@ -162,28 +164,41 @@ def _perturbations(experiment: Experiment) -> _Show:
         f"{adata.n_obs} cells x {adata.n_vars} genes; control, "
         f"{sum('+' not in n for n in names) - 1} single genes and {sum('+' in n for n in names)} pairs"
     )
-    return _Show(adata, about, {_SCDFM: _Variant("scdfm", experiment)}, _finish_perturbations)
+    return _Show(adata, about, {_SCDFM: _Variant("scdfm", experiment)}, _predict_perturbations, _finish_perturbations)
+
+
+def _predict_perturbations(adata: Any, runs: Mapping[str, Sequence[Path]]) -> dict[str, list[Any]]:
+    """Once for tables, file and figures: this is a third of the demo's time."""
+    from scjax.predict import load, predict
+
+    def of(folder: Path) -> Any:
+        trained = load(folder)
+        return predict(trained, adata, [p.condition for p in trained.split.test])
+
+    return {name: [of(folder) for folder in folders] for name, folders in runs.items()}
 
 
 def _finish_perturbations(
-    out: Path, adata: Any, runs: Mapping[str, Sequence[Path]], tables: Sequence[Any]
+    out: Path,
+    adata: Any,
+    runs: Mapping[str, Sequence[Path]],
+    tables: Sequence[Any],
+    predicted: Mapping[str, Sequence[Any]],
 ) -> tuple[str, ...]:
     import numpy as np
 
     from scjax.metrics.perturbation_baselines import fit_baselines
     from scjax.plot import perturbation
     from scjax.plot.save import save
-    from scjax.predict import load, observed_cells, predict
+    from scjax.predict import load, observed_cells
+    from scjax.predict.perturbation import predicted_cells
 
-    trained = load(runs[_SCDFM][0])
+    trained, generated = load(runs[_SCDFM][0]), predicted[_SCDFM][0]
     split = trained.split
-    # Fewer cells than the table has: generating them is half of the demo's time.
-    predicted = predict(trained, adata, [p.condition for p in split.test], n_cells=min(64, trained.generation.n_cells))
-    predicted.write_h5ad(out / "predictions.h5ad")
+    generated.write_h5ad(out / "predictions.h5ad")
     real, training = observed_cells(trained, adata, split.test), observed_cells(trained, adata, split.train)
     control = next(x for p, x in training.items() if p.is_control)
-    condition = predicted.obs["condition"].to_numpy()
-    made = {p: predicted.X[condition == p.condition] for p in split.test}
+    made = predicted_cells(trained, generated, split.test)
 
     fitted = fit_baselines(training)
     additive = {p: fitted.predict(p)["additive"].delta for p in split.test}

@@ -19,10 +19,10 @@ from scjax.experiment.perturbation import PerturbationExperiment
 from scjax.experiment.run import (
     Run,
     admit,
-    check_comparable,
     check_same_data,
     check_same_settings,
     check_seeds,
+    comparable_runs,
     train_task,
 )
 from scjax.experiment.timeseries import TimeSeriesExperiment
@@ -151,8 +151,7 @@ def evaluate(
     for name, of_row in trained.items():
         settings = (one.about["experiment"] for one in of_row)
         check_seeds(name, [from_dict(_class_of(tree), tree) for tree in settings])
-    for one in runs:
-        check_comparable(one.about, runs[0].about, ("data",))
+    comparable_runs(trained, ("data",))
     provenance = {
         "runs": {name: [one.about["run"] for one in of_row] for name, of_row in trained.items()},
         "steps": {name: [one.step for one in of_row] for name, of_row in trained.items()},

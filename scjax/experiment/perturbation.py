@@ -18,10 +18,18 @@ from scjax.data.preprocess import Preprocess
 from scjax.data.sampling import PairedSampling
 from scjax.data.spec import AnnData, DataSpec
 from scjax.data.splits import PerturbationSplitRule
-from scjax.experiment.run import Task, check_comparable, check_loop, data_digest
+from scjax.experiment.run import Task, check_loop, comparable_runs, data_digest
 from scjax.metrics.perturbation_report import DEFAULT_METRICS, PerturbationTable, perturbation_table
 from scjax.models import scdfm
-from scjax.predict.perturbation import GenerationConfig, TrainedPerturbation, generate, observed_cells, read_sources
+from scjax.predict.perturbation import (
+    GenerationConfig,
+    TrainedPerturbation,
+    generate,
+    generation_of,
+    observed_cells,
+    predicted_cells,
+    read_sources,
+)
 from scjax.train.loop import Validate
 from scjax.train.optimizers import OptimizerConfig
 from scjax.types import Population
@@ -155,6 +163,7 @@ def tables(
     trained: Mapping[str, Sequence[TrainedPerturbation]],
     adata: AnnData,
     *,
+    predicted: Mapping[str, Sequence[AnnData]] | None = None,
     metrics: Mapping[str, Any] = DEFAULT_METRICS,
     n_cells: int | None = None,
     n_draws: int = 5,
@@ -168,30 +177,44 @@ def tables(
     Controls are training data too, on both sides of every comparison. See `scjax.experiment.evaluate`.
 
     Args:
+        predicted: rows whose cells are there already, an AnnData a seed as `predict.predict` gives it (see
+            `predict.perturbation.predicted_cells` for what it must hold): the row of a model of `trained`, which then
+            generates nothing, or one of any other method.
         metrics: by name, see `metrics.expression` and `metrics.perturbation_report`.
         n_cells: the most cells of a population in a draw of those metrics that need equal numbers.
         n_draws: such draws.
         seed: of the draws, and of the generated cells.
         on_unknown: what to do about perturbations that training never saw, see `predict.perturbation.predict`.
+
+    Raises:
+        ValueError: nothing held out, runs that differ in their split or genes, predictions that lack a population or a
+            gene, or that other runs made than those of their row.
     """
-    runs = [run for of_row in trained.values() for run in of_row]
-    first = runs[0]
-    for run in runs:
-        check_comparable(run.about, first.about, ("split", "transform"))
+    first = comparable_runs(trained, ("split", "transform"))[0]
     split = first.split
     if not split.test:
         raise ValueError("the runs held out nothing, so there is nothing to evaluate; train with a split that does.")
 
+    predicted = {} if predicted is None else predicted
+    for name in predicted.keys() & trained.keys():
+        _check_makers(name, predicted[name], trained[name])
     vectors = first.spec.read_vectors(adata) or None
     contexts = sorted({p.context for p in split.test})
     replaced: dict[str, str] = {}
-    generated: dict[str, list[dict[Population, np.ndarray]]] = {}
+    made: dict[str, list[dict[Population, np.ndarray]]] = {name: [] for name in {**trained, **predicted}}
+    how: dict[str, list[Any]] = {name: [] for name in made}
+    for name, of_row in predicted.items():
+        for given in of_row:
+            made[name].append(predicted_cells(first, given, split.test))
+            generation, stand_ins = generation_of(given)
+            how[name].append(None if generation is None else to_dict(generation))
+            replaced |= stand_ins
     for name, of_row in trained.items():
-        generated[name] = []
-        for run in of_row:
+        for run in () if name in predicted else of_row:
             sources = read_sources(run, adata, contexts)
             found, stand_ins = generate(run, sources, split.test, seed=seed, on_unknown=on_unknown, vectors=vectors)
-            generated[name].append({p: cells.x for p, cells in found.items()})
+            made[name].append({p: cells.x for p, cells in found.items()})
+            how[name].append(to_dict(run.generation))
             replaced |= stand_ins
     training, real = (observed_cells(first, adata, part) for part in (split.train, split.test))
     axes: dict[str, list[Population]] = {}
@@ -206,7 +229,7 @@ def tables(
     return [
         perturbation_table(
             f"{title}; {from_where}",
-            {name: [{p: cells[p] for p in wanted} for cells in of_row] for name, of_row in generated.items()},
+            {name: [{p: cells[p] for p in wanted} for cells in of_row] for name, of_row in made.items()},
             training,
             {p: real[p] for p in wanted},
             metrics,
@@ -218,12 +241,22 @@ def tables(
             provenance={
                 **provenance,
                 "unseen": {str(p): axis for axis, of_axis in axes.items() for p in of_axis},
-                "generation": {name: [to_dict(run.generation) for run in of_row] for name, of_row in trained.items()},
+                "generation": how,
                 "replaced": replaced,
             },
         )
         for title, wanted in titles.items()
     ]
+
+
+def _check_makers(name: str, predicted: Sequence[AnnData], runs: Sequence[TrainedPerturbation]) -> None:
+    """That the row of these runs is not filled with what others predicted."""
+    makers = [cells.uns.get("scjax", {}).get("run") for cells in predicted]
+    if makers != [run.about["run"] for run in runs]:
+        raise ValueError(
+            f"predicted[{name!r}] must be what the runs {', '.join(run.about['run'] for run in runs)} of that row "
+            f"predicted, in their order; got predictions of {', '.join(map(str, makers)) or 'none'}."
+        )
 
 
 def _sized(config: scdfm.Config, data: PerturbationData) -> scdfm.Config:

@@ -1,6 +1,7 @@
 """What every kind of experiment does alike: who may write into a folder, the digest of the data, the run itself."""
 
 import hashlib
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,11 +28,11 @@ __all__ = [
     "Run",
     "Task",
     "admit",
-    "check_comparable",
     "check_loop",
     "check_same_data",
     "check_same_settings",
     "check_seeds",
+    "comparable_runs",
     "data_digest",
     "train_task",
 ]
@@ -223,14 +224,17 @@ def check_seeds(name: str, experiments: Sequence[Any]) -> None:
         raise ValueError(f"the runs of {name!r} have the seeds {seeds}; the same training counts once.")
 
 
-def check_comparable(about: Mapping[str, Any], first: Mapping[str, Any], parts: Iterable[str]) -> None:
-    """Runs of one table agree in these parts of what their checkpoints tell."""
-    for part in parts:
+def comparable_runs(trained: Mapping[str, Sequence[Any]], parts: Iterable[str]) -> list[Any]:
+    """The runs of all rows of a table, which agree in these parts of what their checkpoints tell."""
+    runs = [run for of_row in trained.values() for run in of_row]
+    first = runs[0].about
+    for about, part in itertools.product((run.about for run in runs), parts):
         if about[part] != first[part]:
             raise ValueError(
                 f"runs {about['run']} and {first['run']} differ in their {part} ({about[part]!r:.200}, "
                 f"{first[part]!r:.200}); they cannot share a table. Evaluate them one by one."
             )
+    return runs
 
 
 def _n_cells(adata: Any) -> int:

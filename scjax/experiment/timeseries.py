@@ -14,7 +14,7 @@ from scjax.data.sampling import TimeSeriesSampling
 from scjax.data.spec import AnnData, DataSpec
 from scjax.data.splits import HoldOutInterior, TimeSplitRule
 from scjax.data.timeseries import TimeScale, TimeSeriesData, prepare_time_series
-from scjax.experiment.run import Task, check_comparable, check_loop, data_digest
+from scjax.experiment.run import Task, check_loop, comparable_runs, data_digest
 from scjax.metrics.baselines import training_free
 from scjax.metrics.population import POPULATION_METRICS, Metric
 from scjax.metrics.report import ResultTable, result_table
@@ -111,15 +111,13 @@ def tables(
     provenance: Mapping[str, Any],
 ) -> list[ResultTable]:
     """One a held-out time. See `scjax.experiment.evaluate`."""
-    runs = [run for of_row in trained.values() for run in of_row]
-    for run in runs:
-        check_comparable(run.about, runs[0].about, ("split", "times", "transform"))
-    split = runs[0].about["split"]
+    first = comparable_runs(trained, ("split", "times", "transform"))[0]
+    split = first.about["split"]
     if not split["held_out"]:
         raise ValueError("the runs held out no time, so there is nothing to evaluate; train with a split that does.")
 
-    latent, time = project(runs[0], adata), runs[0].spec.read_times(adata)
-    population = {t: latent[time == t] for t in runs[0].times}
+    latent, time = project(first, adata), first.spec.read_times(adata)
+    population = {t: latent[time == t] for t in first.times}
     simulated = {
         name: [simulate_cells(run, population[run.times[0]], split["held_out"], jax.random.key(seed)).x for run in rows]
         for name, rows in trained.items()

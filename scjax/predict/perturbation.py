@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from scjax.check import at_least, finite, non_negative, one_of, suggestion
+from scjax.check import at_least, column, finite, non_negative, one_of, suggestion
 from scjax.checkpoint import Checkpoint
 from scjax.config import from_dict
 from scjax.data.conditions import OnUnknown, known_names, resolve_unknown, trained_names
@@ -33,8 +33,10 @@ __all__ = [
     "Sources",
     "TrainedPerturbation",
     "generate",
+    "generation_of",
     "observed_cells",
     "predict",
+    "predicted_cells",
     "read_sources",
 ]
 
@@ -55,6 +57,7 @@ class GenerationConfig:
         composition: of combinations: "joint", what the network says of all parts together, as in the reference;
             "additive", the control's velocity and what each part alone adds to it (`models.scdfm.parts_of`), which
             needs training with sampling.include_control and leaves out whatever the parts do to one another.
+        zero_below: values below it become 0, in units of log-normalised expression; 0 leaves all as they are.
     """
 
     n_cells: int = 128
@@ -368,8 +371,8 @@ def predict(
             )
         )
     obs = pd.concat(tables)
-    for column in {*trained.spec.covariates, "condition", "context", "source_cell"}:
-        obs[column] = pd.Categorical(obs[column])  # as anndata would write it
+    for name in {*trained.spec.covariates, "condition", "context", "source_cell"}:
+        obs[name] = pd.Categorical(obs[name])  # as anndata would write it
     predicted = anndata.AnnData(
         X=np.concatenate([x for x, _ in cells.values()]), obs=obs, var=pd.DataFrame(index=list(genes))
     )
@@ -382,6 +385,49 @@ def predict(
         **{f.name: getattr(generation, f.name) for f in fields(generation)},
     )
     return predicted
+
+
+def predicted_cells(
+    trained: TrainedPerturbation, predicted: AnnData, populations: Iterable[Population]
+) -> dict[Population, Float[np.ndarray, "_cells genes"]]:
+    """The cells of these populations in an AnnData such as `predict` gives, whoever made it.
+
+    X is taken as it is, so that it must be in the model's space: log-normalised expression of the kept genes, in any
+    order and among others. obs has the columns condition (in any spelling that the run understands) and context.
+
+    Raises:
+        ValueError: a column or a gene that is missing, a population without cells.
+    """
+    for name in ("condition", "context"):
+        column(name, name, predicted.obs, "predicted.obs")
+    missing = [name for name in trained.genes if name not in predicted.var_names]
+    if missing:
+        raise ValueError(
+            f"predicted must have the {len(trained.genes)} genes of the model; "
+            f"{len(missing)} are missing, the first is {missing[0]!r}."
+        )
+    x = predicted[:, list(trained.genes)].X
+    x = np.asarray(x.toarray() if hasattr(x, "toarray") else x, np.float32)
+    spelled = {name: trained.spec.parse_condition(name) for name in predicted.obs["condition"].unique()}
+    condition, context = predicted.obs["condition"].map(spelled), predicted.obs["context"].astype(str)
+    rows: dict[Population, list[int]] = {}
+    for i, (names, where) in enumerate(zip(condition, context, strict=True)):
+        rows.setdefault(Population(names, where), []).append(i)
+    found = {}
+    for population in populations:
+        if population not in rows:
+            raise ValueError(f"predicted has no cells of {population}.{suggestion(population, rows)}")
+        found[population] = x[rows[population]]
+    return found
+
+
+def generation_of(predicted: AnnData) -> tuple[GenerationConfig | None, dict[str, str]]:
+    """How `predict` made these cells, and what stood for names it did not know; (None, {}) of what others made."""
+    told = predicted.uns.get("scjax")
+    if told is None:
+        return None, {}
+    values = {f.name: np.asarray(told[f.name]).item() for f in fields(GenerationConfig)}
+    return from_dict(GenerationConfig, values), json.loads(told["replaced"])
 
 
 @partial(jax.jit, static_argnames=("config", "solver", "n_steps", "guidance", "weights"))

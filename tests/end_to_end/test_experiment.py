@@ -51,6 +51,27 @@ class KillAt(Hook):
             raise Killed
 
 
+def killed_and_resumed(experiment, adata, folder):
+    """The run that was killed after its step 16 and continued from its checkpoint of step 10."""
+    with pytest.raises(Killed):
+        train(experiment, adata, folder, hooks=[KillAt(16)])
+    assert checkpoint.list_steps(folder / "checkpoints") == (10,)
+    return train(experiment, adata, folder, resume=True)
+
+
+def assert_folder_of(run, experiment, kind, terms):
+    """What `train` wrote: files, settings, split, checkpoints, a line each fourth of 20 steps with these terms."""
+    folder = run.workdir
+    assert sorted(p.name for p in folder.iterdir()) == ["checkpoints", "experiment.json", "metrics.jsonl", "split.json"]
+    assert read_experiment(folder) == experiment
+    assert load_split(folder / "split.json") == run.data.split
+    assert checkpoint.list_steps(folder / "checkpoints") == (10, 20)
+    assert checkpoint.read_about(folder / "checkpoints")["kind"] == kind
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [4, 8, 12, 16, 20]
+    assert {"loss", "grad_norm", *terms} <= set(lines[0])
+
+
 @pytest.fixture(scope="module")
 def more_runs(tmp_path_factory):
     """Another seed, a model without interactions, and one of another split, all short."""
@@ -67,14 +88,7 @@ def more_runs(tmp_path_factory):
 
 
 def test_folder_of_a_run(tiny_run):
-    folder = tiny_run.workdir
-    assert sorted(p.name for p in folder.iterdir()) == ["checkpoints", "experiment.json", "metrics.jsonl", "split.json"]
-    assert read_experiment(folder) == EXPERIMENT
-    assert load_split(folder / "split.json") == tiny_run.data.split
-    assert checkpoint.list_steps(folder / "checkpoints") == (10, 20)
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [4, 8, 12, 16, 20]
-    assert {"loss", "sinkhorn", "kinetic_energy", "grad_norm"} <= set(lines[0])
+    assert_folder_of(tiny_run, EXPERIMENT, "scimf", {"sinkhorn", "kinetic_energy"})
     assert tiny_run.data.split.train == (0.0, 1.0, 4.0)
     assert int(tiny_run.state.step) == 20
 
@@ -92,10 +106,7 @@ def test_same_seed_same_run_and_cells_of_the_held_out_time_are_not_seen(tiny_run
 
 def test_resumed_run_equals_the_uninterrupted_one(tiny_run, tmp_path):
     folder = tmp_path / "run"
-    with pytest.raises(Killed):
-        train(EXPERIMENT, make_adata(), folder, hooks=[KillAt(16)])
-    assert checkpoint.list_steps(folder / "checkpoints") == (10,)
-    resumed = train(EXPERIMENT, make_adata(), folder, resume=True)
+    resumed = killed_and_resumed(EXPERIMENT, make_adata(), folder)
     assert_same_state(resumed.state, tiny_run.state)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     wanted = [json.loads(line) for line in (tiny_run.workdir / "metrics.jsonl").read_text().splitlines()]

@@ -3,9 +3,11 @@
 import json
 from dataclasses import replace
 
+import anndata
 import numpy as np
 import pytest
-from test_experiment import KillAt, Killed, assert_same_state, files_of
+from scipy import sparse
+from test_experiment import assert_folder_of, assert_same_state, files_of, killed_and_resumed
 from tiny_perturbation import EXPERIMENT, GENES, make_adata
 from tiny_series import damaged_copy
 
@@ -14,11 +16,11 @@ from scjax.config import from_dict, to_dict
 from scjax.data.preprocess import Preprocess
 from scjax.data.sampling import PairedSampling
 from scjax.data.spec import DataSpec
-from scjax.data.splits import HoldOutSeenDoubles, LeaveOut, load_split
+from scjax.data.splits import HoldOutSeenDoubles, LeaveOut
 from scjax.experiment import PerturbationExperiment, evaluate, read_experiment, report_of, train
 from scjax.experiment.perturbation import prepare, tables
 from scjax.metrics.perturbation_report import DEFAULT_METRICS
-from scjax.predict import GenerationConfig, load
+from scjax.predict import GenerationConfig, load, predict
 from scjax.types import Population
 
 L2 = {"l2": DEFAULT_METRICS["l2"]}
@@ -26,17 +28,9 @@ TEST = tuple(Population(names, line) for names in (("g0", "g1"), ("g0", "z")) fo
 
 
 def test_folder_of_a_run(perturbation_run):
-    folder = perturbation_run.workdir
-    assert sorted(p.name for p in folder.iterdir()) == ["checkpoints", "experiment.json", "metrics.jsonl", "split.json"]
-    assert read_experiment(folder) == EXPERIMENT
-    assert load_split(folder / "split.json") == perturbation_run.data.split
+    assert_folder_of(perturbation_run, EXPERIMENT, "scdfm", {"flow", "mmd2"})
     assert perturbation_run.data.split.test == TEST
-    assert checkpoint.list_steps(folder / "checkpoints") == (10, 20)
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [4, 8, 12, 16, 20]
-    assert {"loss", "flow", "mmd2", "grad_norm"} <= set(lines[0])
-    about = checkpoint.read_about(folder / "checkpoints")
-    assert about["kind"] == "scdfm"
+    about = checkpoint.read_about(perturbation_run.workdir / "checkpoints")
     assert about["model"]["n_tokens"] == 4 + len(GENES) + 1  # "z" is measured by none
     assert about["experiment"]["model"]["n_tokens"] is None
 
@@ -46,11 +40,7 @@ def test_resumed_run_equals_the_uninterrupted_one_and_test_cells_are_not_seen(pe
     adata = make_adata()
     rows = np.flatnonzero(adata.obs["condition"].isin(["g1+g0", "g0+z"]))
     adata.X[rows] = np.random.default_rng(1).poisson(50.0, (len(rows), adata.n_vars))
-    folder = tmp_path / "run"
-    with pytest.raises(Killed):
-        train(EXPERIMENT, adata, folder, hooks=[KillAt(16)])
-    assert checkpoint.list_steps(folder / "checkpoints") == (10,)
-    resumed = train(EXPERIMENT, adata, folder, resume=True)
+    resumed = killed_and_resumed(EXPERIMENT, adata, tmp_path / "run")
     assert_same_state(resumed.state, perturbation_run.state)
 
 
@@ -262,6 +252,37 @@ def test_nothing_held_out(perturbation_trained):
     blind = perturbation_trained._replace(split=replace(perturbation_trained.split, test=()))
     with pytest.raises(ValueError, match="the runs held out nothing, so there is nothing to evaluate"):
         tables({"scDFM": [blind]}, make_adata(), provenance={})
+
+
+def test_predictions_that_are_there_already_are_not_made_again(perturbation_run, monkeypatch):
+    """The table is the same; others' predictions are rows as well."""
+    adata, trained = make_adata(), load(perturbation_run.workdir)
+    made = predict(trained, adata, ["g1+g0", "z+g0", "g0"])
+    others = anndata.AnnData(sparse.csr_matrix(made.X[:, ::-1]), made.obs[["condition", "context"]], made.var[::-1])
+    (plain,) = evaluate([perturbation_run.workdir], adata, metrics=L2)
+    monkeypatch.setattr("scjax.experiment.perturbation.generate", None)
+    given = {"scDFM": [made], "another": [others]}
+    (table,) = evaluate([perturbation_run.workdir], adata, predicted=given, metrics=L2)
+    for name in given:
+        np.testing.assert_allclose(table.row(name).values["l2"], plain.row("scDFM").values["l2"], rtol=1e-6)
+    assert table.provenance["generation"] == {"scDFM": [to_dict(EXPERIMENT.generation)], "another": [None]}
+    assert json.dumps(report_of(table).to_json_dict(table)["provenance"])
+
+
+def test_predictions_that_make_no_row(perturbation_run, perturbation_trained):
+    adata = make_adata()
+    made = predict(perturbation_trained, adata, ["g1+g0", "z+g0"])
+
+    def check(message, predicted, row="another"):
+        with pytest.raises(ValueError, match=message):
+            evaluate([perturbation_run.workdir], adata, predicted={row: predicted}, metrics=L2)
+
+    check(r"predicted has no cells of g0\+z \(B2\)", [made[made.obs["context"] == "A1"]])
+    check("predicted must have the 10 genes of the model; 1 are missing, the first is 'g0'", [made[:, 1:]])
+    check("'condition' is not one", [anndata.AnnData(made.X, made.obs[["context"]], made.var)])
+    unnamed = anndata.AnnData(made.X, made.obs, made.var)
+    check(r"predicted\['scDFM'\] must be what the runs .* got predictions of None", [unnamed], row="scDFM")
+    check("got predictions of none", [], row="scDFM")
 
 
 def test_runs_of_two_kinds_share_no_table(perturbation_run, tiny_run):
