@@ -600,7 +600,7 @@ def denoise(
         covariates: ids by role as `CellSetBatch` has them, or vectors as `covariate_embedding` makes them (a mean over
             known perturbations for an unknown one); None is what training with hidden covariates has learned.
         x0_prev: an earlier prediction of x_0; None is a first guess.
-        mask: False for filler, which nobody attends to; None: all are cells.
+        mask: False for filler, which nobody attends to (if config.mask_filler); None: all are cells.
         space: gene space of each set, where the config has several.
         measured: genes that the set's data measured; the others are read as zero, and predicted.
 
@@ -633,8 +633,8 @@ def loss(
     n_sets = len(batch.cells)
     t = jax.random.randint(key_t, (n_sets,), 0, config.n_times)
     noise = set_noise(key_noise, batch.cells.shape, config.shared_noise)
-    coins, guessed_first = _toss(key_coins, n_sets, config)
-    return _loss(params, batch, t, noise, coins, guessed_first, constants, config)
+    coins, first = _toss(key_coins, n_sets, config)
+    return _loss(params, batch, t, noise, coins, first, constants, config)
 
 
 def loss_at(
@@ -648,7 +648,7 @@ def loss_at(
     config: Config,
 ) -> tuple[Scalar, Metrics]:
     """`loss` for given times, noise and coins."""
-    return _loss(params, batch, t, noise, coins, jnp.arange(len(batch.cells)), constants, config)
+    return _loss(params, batch, t, noise, coins, _FirstPass(jnp.arange(len(batch.cells)), False), constants, config)
 
 
 def sample(
@@ -1002,8 +1002,13 @@ def _predict(params, tokens, modulations, view, config) -> Array:
     return _each_set(params, "head", config, x, of_head).astype(tokens.dtype)
 
 
-def _toss(key, n_sets, config) -> tuple[Coins, Array]:
-    """The coins, and which sets the first pass must go through."""
+class _FirstPass(NamedTuple):
+    sets: Int[Array, " chosen"]  # all that may have to be guessed first
+    is_certain: bool  # whether any of them will have to be, whatever the coins
+
+
+def _toss(key, n_sets, config) -> tuple[Coins, _FirstPass]:
+    """The coins, and the first pass that they ask for."""
     n_coins = n_sets if config.drop_per == "set" else 1
     key_condition, key_control, key_order, key_last = jax.random.split(key, 4)
     condition, control = (
@@ -1019,10 +1024,10 @@ def _toss(key, n_sets, config) -> tuple[Coins, Array]:
         shown = shown.at[chosen[-1]].set(jax.random.bernoulli(key_last, rest))
     if config.drop_per == "batch":
         chosen = jnp.arange(n_sets if len(chosen) else 0)
-    return Coins(condition, control, jnp.broadcast_to(shown, n_sets)), chosen
+    return Coins(condition, control, jnp.broadcast_to(shown, n_sets)), _FirstPass(chosen, whole > 0)
 
 
-def _loss(params, batch, t, noise, coins, guessed_first, constants, config) -> tuple[Scalar, Metrics]:
+def _loss(params, batch, t, noise, coins, first, constants, config) -> tuple[Scalar, Metrics]:
     x0, control = batch.cells / config.divisor, batch.control / config.divisor
     mask, space, measured = batch.mask if config.mask_filler else None, batch.space, batch.measured
     _check(x0, t, control, batch.covariates, noise, mask, space, measured, constants, config)
@@ -1033,27 +1038,28 @@ def _loss(params, batch, t, noise, coins, guessed_first, constants, config) -> t
     e = _condition(params, batch.covariates, len(x0), constants, config, coins.hide_condition)
     modulations = _modulations(params, _apply(params, "time", config, t), e, config)
     tokens = _of_state(params, x_t, view, config)
-    if len(guessed_first):
+    if len(first.sets):
         fixed = jax.lax.stop_gradient((params, tokens, modulations, view))
-        shown = _first_guess(*fixed, coins.self_condition, guessed_first, config)
+        shown = _first_guess(*fixed, coins.self_condition, first, config)
         tokens = tokens + _of_previous(params, shown, view, config)
     return _compare(x0, _seen(_predict(params, tokens, modulations, view, config), measured), mask, measured, config)
 
 
-def _first_guess(params, tokens, modulations, view, shown, chosen, config) -> Array:
-    """What the network predicts of the chosen sets when shown nothing; zeros for sets that are not to see it."""
+def _first_guess(params, tokens, modulations, view, shown, first, config) -> Array:
+    """What the network predicts of these sets when it is shown nothing; zeros for sets that are not to see it."""
     n_sets, n_cells = tokens.shape[:2]
     zeros = jnp.zeros((n_sets, n_cells, config.n_genes), tokens.dtype)
 
     def guess() -> Array:
-        if len(chosen) == n_sets:
+        if len(first.sets) == n_sets:
             found = _predict(params, tokens, modulations, view, config)
         else:
-            part = jax.tree.map(lambda a: a[chosen], (tokens, modulations, view))
-            found = zeros.at[chosen].set(_predict(params, *part, config))
+            part = jax.tree.map(lambda a: a[first.sets], (tokens, modulations, view))
+            found = zeros.at[first.sets].set(_predict(params, *part, config))
         return jnp.where(shown[:, None, None], found, 0)
 
-    return jax.lax.cond(shown.any(), guess, lambda: zeros)
+    # A branch costs more than its pass where it is always taken: compilers see less of it.
+    return guess() if first.is_certain else jax.lax.cond(shown.any(), guess, lambda: zeros)
 
 
 def _compare(x0, predicted, mask, measured, config) -> tuple[Scalar, Metrics]:

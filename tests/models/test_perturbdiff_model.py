@@ -454,14 +454,18 @@ def test_coins_fall_as_often_as_they_should(per, chance):
     """Each set's share over many keys, within five standard errors; per set, a first pass for just so many sets."""
     config = replace(TINY, drop_per=per, condition_dropout=chance, control_dropout=chance / 2, self_conditioning=chance)
     n_sets, n_keys = 5, 2000
-    toss = jax.jit(jax.vmap(lambda key: perturbdiff._toss(key, n_sets, config)))
-    thrown, chosen = toss(jax.random.split(jax.random.key(3), n_keys))
+    toss = jax.jit(jax.vmap(lambda key: perturbdiff._toss(key, n_sets, config)[0]))
+    sets = jax.jit(jax.vmap(lambda key: perturbdiff._toss(key, n_sets, config)[1].sets))
+    keys = jax.random.split(jax.random.key(3), n_keys)
+    thrown, chosen = toss(keys), sets(keys)
+    is_certain = perturbdiff._toss(keys[0], n_sets, config)[1].is_certain
     for fallen, expected in zip(thrown, (chance, chance / 2, chance), strict=True):
         error = 5 * np.sqrt(expected * (1 - expected) / n_keys)
         np.testing.assert_allclose(np.mean(fallen, axis=0), expected, atol=error + 1e-9)
     agree = np.asarray(thrown.hide_condition[:, :1] == thrown.hide_condition)
     assert agree.all() == (per == "batch" or chance in (0.0, 1.0))
     shown = np.asarray(thrown.self_condition)
+    assert not is_certain or shown.any(axis=1).all()
     if per == "set":
         assert set(np.unique(shown.sum(1))) <= {int(np.floor(chance * n_sets)), int(np.ceil(chance * n_sets))}
         assert chosen.shape == (n_keys, int(np.ceil(chance * n_sets)))

@@ -22,6 +22,9 @@ from scjax.models.perturbdiff import Coins, Config, Constants
 from scjax.nn.time import sinusoids
 from scjax.processes.diffusion import ddim_step, ddpm_step, diffuse, guide, make_schedule, posterior
 
+# Compiling is nearly all the time these tests take; without LLVM's optimisations it is half of that.
+jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
 ELSEWHERE = ("datasets_", "diffusion_", "losses_", "schedules_", "trainsteps_")
 KINDS = ("block_", "embedders_", "covencoder_", "backbone_det_", "backbone_", "trainloss_", "sampling_")
 CASES = cases("perturbdiff", KINDS + ELSEWHERE)
@@ -94,9 +97,14 @@ def close(actual, reference, tolerance=2e-6, what=""):
     )
 
 
+@partial(jit, static_argnums=(0, 1))
+def each_set(module, method, params, args):
+    return jax.vmap(lambda *a: module.apply({"params": params}, *a, method=method))(*args)
+
+
 def run(module, params, *args, method=None):
     """The module on each set of a batch."""
-    return jax.jit(jax.vmap(lambda *a: module.apply({"params": on_device(params)}, *a, method=method)))(*args)
+    return each_set(module, method, on_device(params), args)
 
 
 def in_torch_s_layout(state, config, tree):
@@ -127,6 +135,10 @@ def layer_of(golden, last=False):
 
 def whole_layer(layer, x, control, c):
     return layer(x, control, layer.of_condition(c), None)
+
+
+def whole_head(head, x, c):
+    return head(x, head.of_condition(c))
 
 
 @each("block_")
@@ -178,7 +190,7 @@ def test_gradients_of_a_layer(case):
         return jnp.sum(out * golden["r1"]) + jnp.sum(out_control * golden["r2"])
 
     inputs = (on_device(params), golden["x"], golden["x_control"], golden["c"])
-    of_params, of_x, of_control, of_c = jax.jit(jax.grad(total, (0, 1, 2, 3)))(*inputs)
+    of_params, of_x, of_control, of_c = jit(jax.grad(total, (0, 1, 2, 3)))(*inputs)
     close(of_x, golden["grad_x"], 1e-5)
     close(of_control, golden["grad_x_control"], 1e-5)
     close(of_c, golden["grad_c"], 1e-5)
@@ -209,9 +221,10 @@ def test_embedders_and_head(case):
     # The head without its ReLU: what it lets through, less what it lets through of the negative.
     head, params = perturbdiff.Head(config), reader.head("final")
     negative = {**params, "output": jax.tree.map(np.negative, params["output"])}
-    whole = lambda m, x, c: m(x, m.of_condition(c))  # noqa: E731
     for c, out in (("final_c", "final_out"), ("final_c_single", "final_out_csingle")):
-        positive, of_negative = (run(head, p, golden["final_x"], golden[c], method=whole) for p in (params, negative))
+        positive, of_negative = (
+            run(head, p, golden["final_x"], golden[c], method=whole_head) for p in (params, negative)
+        )
         close(positive - of_negative, golden[out], what=out)
         close(positive, jnp.maximum(golden[out], 0), what=out)
     assert not reader.misfits
@@ -324,9 +337,8 @@ def both_streams(golden, state, config, space, *, condition):
         layer, params = perturbdiff.Layer(config, False), reader.layer(f"model.blocks.{i}.block", False)
         x, control = run(layer, params, x, control, c, method=whole_layer)
         streams.append((x, control))
-    head, whole = perturbdiff.Head(config), lambda m, x, c: m(x, m.of_condition(c))
     heads = [
-        run(head, reader.head(f"model.{name}"), stream, c, method=whole)
+        run(perturbdiff.Head(config), reader.head(f"model.{name}"), stream, c, method=whole_head)
         for name, stream in (("final_layer", x), ("control_final_layer", control))
     ]
     assert not reader.misfits
@@ -438,7 +450,7 @@ def test_large_backbone_with_gradients(case):
     state, config, params = network_of(golden, weights)
     x, x0_prev, control = golden["x_in"][..., :g], golden["x_in"][..., g:], golden["control_in"][..., :g]
 
-    @jax.jit
+    @jit
     def predict(params, covariates):
         return perturbdiff.denoise(
             params, x, golden["t"], control, covariates, x0_prev, constants=Constants(), config=config
@@ -448,7 +460,7 @@ def test_large_backbone_with_gradients(case):
         out, target = predict(params, golden["cov_emb"]), golden["target"]
         return jnp.mean((out - target) ** 2) + jnp.mean(jax.vmap(energy_distance)(target, out)), out
 
-    (value, out), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    (value, out), grads = jit(jax.value_and_grad(loss, has_aux=True))(params)
     close(out, golden["out_x"], 3e-5)
     close(jnp.mean(out > 0), golden["frac_positive"], 1e-3)
     close(predict(params, None), golden["uncond_out_x"], 3e-5)
@@ -488,7 +500,7 @@ def test_training_loss(case):
     close(diffuse(make_schedule("linear", 1000), batch.cells, t, noise), golden["x_t"], 1e-6)
     embedding = perturbdiff.covariate_embedding(params, batch.covariates, constants=constants, config=config)
     close(jnp.broadcast_to(embedding, golden["cov_emb"].shape), golden["cov_emb"])
-    loss = jax.jit(
+    loss = jit(
         jax.value_and_grad(partial(perturbdiff.loss_at, constants=constants), has_aux=True), static_argnames="config"
     )
     state = golden.state()
@@ -539,7 +551,7 @@ def test_reverse_steps(case):
     embedding = perturbdiff.covariate_embedding(params, covariates, constants=constants, config=config)
     close(jnp.broadcast_to(embedding, golden["cov_emb"].shape), golden["cov_emb"])
 
-    @jax.jit
+    @jit
     def predict(t, covariates):
         t = jnp.full(len(x), t)
         return perturbdiff.denoise(
@@ -593,7 +605,7 @@ def test_sampling_loops(case):
         start=golden["loop_init"],
         trajectory=True,
     )
-    draw = jax.jit(draw, static_argnames=("sampler",))
+    draw = jit(draw, static_argnames=("sampler",))
     inputs = (params, golden["cont_emb"], golden.covariates(), jax.random.key(0))
     path = draw(*inputs, sampler="ddim")
     close(path.x, golden["ddim_loop_samples"], 5e-4)
