@@ -23,6 +23,7 @@ __all__ = ["main"]
 
 _FEW, _MANY = 20, 30  # values of a column that are all told; that are told of more
 
+_Data: TypeAlias = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="[NAME=]FILE")]
 _Settings: TypeAlias = Annotated[tyro.conf.AvoidSubcommands[Experiment], tyro.conf.arg(name="")]
 
 
@@ -59,7 +60,8 @@ class Train:
         config: a JSON file of settings, as `scjax show NAME --settings` prints it.
         set: any setting by its dotted name; repeatable. Also another kind of split, by
             --set split.kind=HoldOutTimes --set 'split.times=[2, 4]'
-        data: .h5ad or .zarr.
+        data: .h5ad or .zarr; repeatable for cell sets, as sources named by their files, or by NAME (files of one name
+            are one source).
         out: folder of the run; a new one, unless --resume.
         resume: continue the run in `out`, with the same data; its settings are read from there unless given.
         step: of the checkpoint to resume from; the newest if left out.
@@ -70,7 +72,7 @@ class Train:
     preset: str | None = None
     config: Path | None = None
     set: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="KEY=VALUE")] = ()
-    data: Path
+    data: _Data = ()
     out: Path
     resume: bool = False
     step: int | None = None
@@ -82,7 +84,7 @@ class Train:
         from scjax.train.hooks import Progress
 
         self.announce()
-        adata = _read(self.data)
+        adata = _read_data(self.data, self.experiment.kind)
         bar = Progress(self.experiment.cells_per_step, force=True)
         done = train(self.experiment, adata, self.out, resume=self.resume, step=self.step, hooks=[bar])
         print(f"{int(done.state.step)} steps; the run is in {self.out}. Next:")
@@ -99,11 +101,13 @@ class Train:
 class Predict:
     """Predict cells that nobody observed; writes an .h5ad. What is asked for depends on the kind of the run.
 
-    A run on a time series takes --times (or --velocity), a run on perturbations --conditions and the options after it.
+    A run on a time series takes --times (or --velocity), a run on perturbations or on cell sets --conditions and those
+    of the options after it that are marked with its kind, or with neither.
 
     Attributes:
         run: folder of the trained run.
-        data: .h5ad or .zarr with the cells to start from: those of the first training time, or controls.
+        data: .h5ad or .zarr with the cells to start from: those of the first training time, or controls. Repeatable for
+            runs on cell sets of several sources, which are told by NAME, else by the file's name.
         out: the .h5ad to write; an existing file is not overwritten.
         n_cells: of the simulated population, each first cell once if left out; or of each condition and context, the
             run's own number if left out.
@@ -113,20 +117,23 @@ class Predict:
         times: time series: in the unit of the data, increasing; they need not have been observed.
         velocity: time series: write the observed cells of `data` with their velocities instead of a prediction; without
             --times, and without chance.
-        conditions: perturbations: what to do to the cells, A or A+B, in any order; they need not have been observed.
-        contexts: perturbations: the values of the covariates, joined by " | ", to do it in; all that have controls if
-            left out.
+        conditions: what to do to the cells, A or A+B, in any order; they need not have been observed.
+        contexts: the values of the covariates, joined by " | ", to do it in; all that have controls if left out.
+        on_unknown: what stands for a condition that training never saw.
+        n_steps: of the solver or the sampler; the run's own if left out, as for all that follow.
+        guidance: above 1 exaggerates what the condition does.
+        zero_below: generated expression below it is set to zero.
         genes: perturbations: names of the genes to generate; all that training kept if left out.
-        on_unknown: perturbations: what stands for one that training never saw.
-        solver: perturbations: of the flow; the run's own if left out, as for the next two.
-        n_steps: perturbations: of the solver.
-        guidance: perturbations: above 1 exaggerates what the condition does.
+        solver: perturbations: of the flow.
         composition: perturbations: "joint" asks the network for a combination, "additive" adds up what its parts do.
-        zero_below: perturbations: generated expression below it is set to zero.
+        set_size: cell sets: the most cells that are generated as one set.
+        sampler: cell sets: of the diffusion.
+        spacing: cell sets: "respaced" spreads the steps over all times, "truncated" takes the first ones.
+        eta: cell sets: noise in the steps of "ddim".
     """
 
     run: Path
-    data: Path
+    data: _Data = ()
     out: Path
     n_cells: int | None = None
     seed: int = 0
@@ -136,43 +143,36 @@ class Predict:
     velocity: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     conditions: tuple[str, ...] = ()
     contexts: tuple[str, ...] = ()
-    genes: tuple[str, ...] = ()
     on_unknown: Literal["error", "mean", "nearest"] = "error"
-    solver: Literal["rk4_38", "euler", "heun", "tsit5"] | None = None
     n_steps: int | None = None
     guidance: float | None = None
-    composition: Literal["joint", "additive"] | None = None
     zero_below: float | None = None
+    genes: tuple[str, ...] = ()
+    solver: Literal["rk4_38", "euler", "heun", "tsit5"] | None = None
+    composition: Literal["joint", "additive"] | None = None
+    set_size: int | None = None
+    sampler: Literal["ddim", "ddpm"] | None = None
+    spacing: Literal["respaced", "truncated"] | None = None
+    eta: float | None = None
 
     def execute(self) -> None:
         _check_out(self.out, ".h5ad")
         trained = predict.load(self.run, self.step)
-        is_series = isinstance(trained, predict.TrainedTimeSeries)
-        self.check_options(is_series)
+        kind = trained.about["experiment"]["kind"]
+        self.check_options(kind)
         title = predict.model_title(trained.config)
         told = f"predict with {title}, run {trained.about['run']}, step {trained.step}: settings in {self.run}"
         _announce(told, self.verbose, self, trained.about["experiment"])
-        adata = _read(self.data)
+        adata = _read_data(self.data, kind, trained.about)
         if self.velocity:
             written = predict.velocity(trained, adata)
-        elif is_series:
+        elif kind == "TimeSeriesExperiment":
             written = predict.predict(trained, adata, self.times, n_cells=self.n_cells, seed=self.seed)
         else:
-            written = predict.predict(
-                trained,
-                adata,
-                self.conditions,
-                contexts=self.contexts or None,
-                genes=self.genes or None,
-                n_cells=self.n_cells,
-                seed=self.seed,
-                on_unknown=self.on_unknown,
-                solver=self.solver,
-                n_steps=self.n_steps,
-                guidance=self.guidance,
-                composition=self.composition,
-                zero_below=self.zero_below,
-            )
+            options = ("contexts", "n_cells", "seed", "on_unknown", *_HOW, *_OPTIONS[kind])
+            given = {name: getattr(self, name) for name in options}
+            given = {name: None if value == () else value for name, value in given.items()}
+            written = predict.predict(trained, adata, self.conditions, **given)
             for name, stand_in in json.loads(written.uns["scjax"]["replaced"]).items():
                 print(f"{name} was in no training population; in its place: {stand_in}")
         beside = self.out.with_name(self.out.name + ".part")  # a file under its own name is a whole one
@@ -180,25 +180,24 @@ class Predict:
         beside.rename(self.out)
         print(f"{written.n_obs} cells x {written.n_vars} genes from step {trained.step} written to {self.out}")
 
-    def check_options(self, is_series: bool) -> None:
-        of_series = ("times", "velocity")
-        of_perturbation = (
-            "conditions",
-            "contexts",
-            "genes",
-            "on_unknown",
-            "solver",
-            "n_steps",
-            "guidance",
-            "composition",
-            "zero_below",
-        )
-        kind, wants = ("a time series", "--times") if is_series else ("perturbations", "--conditions")
-        default = {f.name: f.default for f in dataclasses.fields(self)}
-        wrong = [name for name in (of_perturbation if is_series else of_series) if getattr(self, name) != default[name]]
+    def check_options(self, kind: str) -> None:
+        is_series = kind == "TimeSeriesExperiment"
+        of_kind = {
+            "TimeSeriesExperiment": ("a time series", "--times", ("times", "velocity")),
+            "PerturbationExperiment": ("perturbations", "--conditions", _OPTIONS["PerturbationExperiment"]),
+            "CellSetExperiment": ("cell sets", "--conditions", _OPTIONS["CellSetExperiment"]),
+        }
+        all_options = {"conditions", "contexts", "on_unknown", *_HOW}.union(*(names for *_, names in of_kind.values()))
+        title, wants, allowed = of_kind[kind]
+        allowed = {*allowed, *(() if is_series else ("conditions", "contexts", "on_unknown", *_HOW))}
+        wrong = [
+            f.name
+            for f in dataclasses.fields(self)
+            if f.name in all_options - allowed and getattr(self, f.name) != f.default
+        ]
         if wrong:
             raise ValueError(
-                f"--{wrong[0].replace('_', '-')} is not of this run: {self.run} was trained on {kind}, "
+                f"--{wrong[0].replace('_', '-')} is not of this run: {self.run} was trained on {title}, "
                 f"which takes {wants}."
             )
         if is_series and self.velocity == bool(self.times):
@@ -209,6 +208,13 @@ class Predict:
             raise ValueError("give --conditions for a prediction, such as A or A+B.")
 
 
+_HOW = ("n_steps", "guidance", "zero_below")  # options of predictions of every kind of perturbation model
+_OPTIONS = {
+    "PerturbationExperiment": ("genes", "solver", "composition"),
+    "CellSetExperiment": ("set_size", "sampler", "spacing", "eta"),
+}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluate:
     """Compare trained runs with baselines and with real cells on what they held out; prints the tables.
@@ -216,18 +222,18 @@ class Evaluate:
     Attributes:
         runs: FOLDER or NAME=FOLDER of each run. Runs of one name are seeds of one model and share a row of the table;
             the name is that of the model if left out.
-        data: the file that they were trained on.
+        data: the file that they were trained on, or the files, as they were given then.
         out: a JSON file for the numbers; an existing file is not overwritten.
         n_cells: cells of each population in each comparison; by the smallest population if left out.
         n_draws: repeated draws of cells.
         seed: of the draws and of the predictions.
         step: of the checkpoints; the newest of each run if left out.
-        on_unknown: perturbations: what stands for one that training never saw.
+        on_unknown: perturbations, cell sets: what stands for a condition that training never saw.
         verbose: print all settings of the runs first.
     """
 
     runs: tuple[str, ...]
-    data: Path
+    data: _Data = ()
     out: Path | None = None
     n_cells: int | None = None
     n_draws: int = 5
@@ -254,14 +260,17 @@ class Evaluate:
         if self.out is not None:
             _check_out(self.out, ".json")
         more = {}
-        if any(found.kind == "PerturbationExperiment" for found in settings.values()):
+        if any(found.kind != "TimeSeriesExperiment" for found in settings.values()):
             more = {"on_unknown": self.on_unknown}
         elif self.on_unknown != "error":
             raise ValueError("--on-unknown is of runs on perturbations; these are of time series.")
         told = "; ".join(f"{name}: {', '.join(map(str, folders))}" for name, folders in runs.items())
         _announce(f"evaluate {told}", self.verbose, self, {name: to_dict(settings[name]) for name in runs})
+        first = next(iter(runs))
+        about = _about(runs[first][0])
+        adata = _read_data(self.data, settings[first].kind, about)
         tables = evaluate(
-            runs, _read(self.data), n_cells=self.n_cells, n_draws=self.n_draws, seed=self.seed, step=self.step, **more
+            runs, adata, n_cells=self.n_cells, n_draws=self.n_draws, seed=self.seed, step=self.step, **more
         )
         for table in tables:
             report = report_of(table)
@@ -453,6 +462,7 @@ def _shown_run(path: Path) -> str:
         f"  data: {about['data']['n_cells']} cells, digest {about['data']['digest']}",
         *_shown_split(about["split"]),
         f"  genes: {len(about['transform']['feature_names'])}",
+        *([f"  started from run {p['run']}, step {p['step']}"] if (p := about.get("pretrained")) else []),
         f"  made with: {', '.join(f'{name} {v}' for name, v in about['provenance']['versions'].items())}",
     ]
     return "\n".join([*lines, json.dumps(about["experiment"], indent=2)]) + "\n"
@@ -470,7 +480,8 @@ def _shown_split(split: dict[str, Any]) -> list[str]:
     return [f"  {what} {shown(populations)}" for what, populations in told.items() if populations]
 
 
-def _next_commands(done: Any, out: Path, data: Path) -> list[str]:
+def _next_commands(done: Any, out: Path, data: Sequence[str]) -> list[str]:
+    data = " --data ".join(map(shlex.quote, data))
     split = done.data.split
     series = hasattr(split, "held_out")
     held_out = split.held_out if series else split.test
@@ -493,6 +504,34 @@ def _announce(line: str, verbose: bool, command: Any, experiment: dict[str, Any]
     own = {f.name: getattr(command, f.name) for f in dataclasses.fields(command) if f.name != "experiment"}
     name = type(command).__name__.lower() if not isinstance(command, Train) else "train"
     print(json.dumps({name: own, "experiment": experiment}, indent=2, default=str), flush=True)
+
+
+def _about(run: Path) -> dict[str, Any]:
+    from scjax import checkpoint
+
+    return checkpoint.read_about(run / "checkpoints" if (run / "checkpoints").is_dir() else run)
+
+
+def _read_data(given: Sequence[str], kind: str, about: dict[str, Any] | None = None) -> Any:
+    """One AnnData, or for cell sets of named sources a list of them with their names.
+
+    `about`: of the run that is to read them; without one, a single file without a name is no named source.
+    """
+    if not given:
+        raise ValueError("give --data, the .h5ad or .zarr with the cells.")
+    named = []
+    for one in given:
+        name, equals, file = one.partition("=")
+        named.append((name, Path(file)) if equals and not Path(one).exists() else ("", Path(one)))
+    has_name = any(name for name, _ in named)
+    if kind != "CellSetExperiment":
+        if len(named) > 1 or has_name:
+            raise ValueError(f"--data {' --data '.join(given)}: named or several files are for cell sets only.")
+        return _read(named[0][1])
+    is_one = len(named) == 1 and not has_name if about is None else about["names"]["sources"] == [""]
+    if is_one and len(named) == 1:
+        return _read(named[0][1])
+    return [(name or file.stem, _read(file)) for name, file in named]
 
 
 def _read(path: Path) -> Any:

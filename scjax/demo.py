@@ -191,7 +191,7 @@ def _finish_perturbations(
     from scjax.plot import perturbation
     from scjax.plot.save import save
     from scjax.predict import load, observed_cells
-    from scjax.predict.perturbation import predicted_cells
+    from scjax.predict.populations import predicted_cells
 
     trained, generated = load(runs[_SCDFM][0]), predicted[_SCDFM][0]
     split = trained.split

@@ -15,23 +15,27 @@ from scjax.check import at_least, column, one_of, suggestion
 from scjax.config import to_dict
 from scjax.data.cellsets import CellSetData, Unmatched, prepare_cell_sets
 from scjax.data.collate import make_cell_set_batches
-from scjax.data.conditions import as_columns
+from scjax.data.conditions import OnUnknown, as_columns
 from scjax.data.preprocess import Preprocess
 from scjax.data.sampling import CellSetSampling
 from scjax.data.source import SOURCE, Absent
 from scjax.data.spec import AnnData, DataSpec
-from scjax.data.splits import PerturbationSplitRule
-from scjax.experiment.run import Task, check_loop, data_digest
+from scjax.data.splits import HoldOutContexts, PerturbationSplitRule
+from scjax.experiment.held_out import population_tables
+from scjax.experiment.run import Task, check_loop, check_validation, data_digest
+from scjax.metrics.perturbation_report import DEFAULT_METRICS, PerturbationTable
 from scjax.models import perturbdiff
+from scjax.predict import cellsets as work
 from scjax.predict import load
 from scjax.predict.cellsets import SetGenerationConfig, TrainedCellSets, check_generation
+from scjax.predict.populations import brought_vectors
 from scjax.processes.diffusion import set_noise
 from scjax.train.loop import Validate
 from scjax.train.optimizers import OptimizerConfig
 from scjax.train.step import EmaStart
 from scjax.types import Params
 
-__all__ = ["CellSetExperiment", "Pretrained", "check", "digest", "prepare"]
+__all__ = ["CellSetExperiment", "Pretrained", "check", "digest", "prepare", "tables"]
 
 Data: TypeAlias = AnnData | Sequence[tuple[str, AnnData]]  # one, or several with the names of their sources
 
@@ -153,7 +157,7 @@ class CellSetExperiment:
             )
         self._check_model()
         check_generation(self.generation, self.model)
-        self._check_validation()
+        check_validation(self)
 
     def _check_model(self) -> None:
         if self.spec.perturbation is None and self.model.perturbation != "none":
@@ -178,35 +182,6 @@ class CellSetExperiment:
         if self.model.n_doses is not None and self.spec.dose is None:
             raise ValueError(
                 f"model.n_doses={self.model.n_doses} needs spec.dose, the obs column of doses; it is None."
-            )
-
-    def _check_validation(self) -> None:
-        kept = next(
-            (
-                name
-                for name in ("validation_fraction", "validation_conditions", "validation_values")
-                if getattr(self.split, name, None)
-            ),
-            None,
-        )
-        if kept is not None and self.validate_every is None:
-            raise ValueError(
-                f"split.{kept}={getattr(self.split, kept)} keeps populations from training; set validate_every to use "
-                "them, or leave it out."
-            )
-        if kept is None and self.validate_every is not None:
-            raise ValueError(
-                f"validate_every={self.validate_every}, but the split keeps no population for that: set "
-                "split.validation_fraction. The test populations are never looked at."
-            )
-        if self.patience is not None and self.validate_every is None:
-            raise ValueError(f"patience={self.patience} needs validate_every; it is None.")
-        for name in ("validate_every", "patience"):
-            if getattr(self, name) is not None:
-                at_least(name, getattr(self, name), 1)
-        if self.validate_every is not None and self.validate_every % self.scan_steps:
-            raise ValueError(
-                f"validate_every must be a multiple of scan_steps; got {self.validate_every} and {self.scan_steps}."
             )
 
     @property
@@ -283,6 +258,53 @@ def prepare(experiment: CellSetExperiment, adata: Data) -> Task:
         told=_shown(transferred) if transferred else "",
         average={"ema_every": experiment.ema_every, "ema_start": experiment.ema_start},
     )
+
+
+def tables(
+    trained: Mapping[str, Sequence[TrainedCellSets]],
+    adata: Data,
+    *,
+    predicted: Mapping[str, Sequence[AnnData]] | None = None,
+    metrics: Mapping[str, Any] = DEFAULT_METRICS,
+    n_cells: int | None = None,
+    n_draws: int = 5,
+    seed: int = 0,
+    on_unknown: OnUnknown = "error",
+    provenance: Mapping[str, Any],
+) -> list[PerturbationTable]:
+    """As `experiment.perturbation.tables`, on the genes that all sources measured.
+
+    Each population is predicted from control cells of its context, or from those that stand in for them.
+    """
+    first = next(iter(trained.values()))[0]
+    genes = first.measured.all(axis=0)
+    at_least("the number of genes that all sources measured", int(genes.sum()), 1)
+    vectors: dict[str, Any] = {}
+    for _, one in _files(adata):
+        vectors |= brought_vectors(first.spec, one)
+    return population_tables(
+        trained,
+        adata,
+        work,
+        predicted=predicted,
+        metrics=metrics,
+        n_cells=n_cells,
+        n_draws=n_draws,
+        seed=seed,
+        on_unknown=on_unknown,
+        vectors=vectors or None,
+        provenance=provenance,
+        genes=genes,
+        controls=_said_of_controls(first),
+    )
+
+
+def _said_of_controls(trained: TrainedCellSets) -> str:
+    if isinstance(trained.split.rule, HoldOutContexts):
+        return "which training did not see"
+    if trained.about["experiment"]["control_seed"] is not None:
+        return "of which training saw a part"
+    return "which training saw"
 
 
 _ROLES = ("perturbation", "dose", "cell_type", "batch", "covariates")

@@ -8,31 +8,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from scjax.check import at_least, column
+from scjax.check import column
 from scjax.config import to_dict
 from scjax.data.collate import make_paired_batches
 from scjax.data.conditions import OnUnknown, as_columns
 from scjax.data.graph import GraphRule
-from scjax.data.perturbation import PerturbationData, prepare_perturbation, unseen_axis
+from scjax.data.perturbation import PerturbationData, prepare_perturbation
 from scjax.data.preprocess import Preprocess
 from scjax.data.sampling import PairedSampling
 from scjax.data.spec import AnnData, DataSpec
 from scjax.data.splits import PerturbationSplitRule
-from scjax.experiment.run import Task, check_loop, comparable_runs, data_digest
-from scjax.metrics.perturbation_report import DEFAULT_METRICS, PerturbationTable, perturbation_table
+from scjax.experiment.held_out import population_tables
+from scjax.experiment.run import Task, check_loop, check_validation, data_digest
+from scjax.metrics.perturbation_report import DEFAULT_METRICS, PerturbationTable
 from scjax.models import scdfm
-from scjax.predict.perturbation import (
-    GenerationConfig,
-    TrainedPerturbation,
-    generate,
-    generation_of,
-    observed_cells,
-    predicted_cells,
-    read_sources,
-)
+from scjax.predict import perturbation as work
+from scjax.predict.perturbation import GenerationConfig, TrainedPerturbation
 from scjax.train.loop import Validate
 from scjax.train.optimizers import OptimizerConfig
-from scjax.types import Population
 
 __all__ = ["PerturbationExperiment", "check", "digest", "prepare", "tables"]
 
@@ -99,29 +92,7 @@ class PerturbationExperiment:
             raise ValueError(
                 f"generation.guidance={self.generation.guidance} needs model.condition_dropout above 0; it is 0."
             )
-        self._check_validation()
-
-    def _check_validation(self) -> None:
-        kept = getattr(self.split, "validation_fraction", 0.0) > 0
-        if kept and self.validate_every is None:
-            raise ValueError(
-                f"split.validation_fraction={self.split.validation_fraction} keeps populations from training; "
-                "set validate_every to use them, or the fraction to 0."
-            )
-        if not kept and self.validate_every is not None:
-            raise ValueError(
-                f"validate_every={self.validate_every}, but the split keeps no population for that: set "
-                "split.validation_fraction. The test populations are never looked at."
-            )
-        if self.patience is not None and self.validate_every is None:
-            raise ValueError(f"patience={self.patience} needs validate_every; it is None.")
-        for name in ("validate_every", "patience"):
-            if getattr(self, name) is not None:
-                at_least(name, getattr(self, name), 1)
-        if self.validate_every is not None and self.validate_every % self.scan_steps:
-            raise ValueError(
-                f"validate_every must be a multiple of scan_steps; got {self.validate_every} and {self.scan_steps}."
-            )
+        check_validation(self)
 
     @property
     def cells_per_step(self) -> int:
@@ -178,7 +149,7 @@ def tables(
 
     Args:
         predicted: rows whose cells are there already, an AnnData a seed as `predict.predict` gives it (see
-            `predict.perturbation.predicted_cells` for what it must hold): the row of a model of `trained`, which then
+            `predict.populations.predicted_cells` for what it must hold): the row of a model of `trained`, which then
             generates nothing, or one of any other method.
         metrics: by name, see `metrics.expression` and `metrics.perturbation_report`.
         n_cells: the most cells of a population in a draw of those metrics that need equal numbers.
@@ -190,73 +161,20 @@ def tables(
         ValueError: nothing held out, runs that differ in their split or genes, predictions that lack a population or a
             gene, or that other runs made than those of their row.
     """
-    first = comparable_runs(trained, ("split", "transform"))[0]
-    split = first.split
-    if not split.test:
-        raise ValueError("the runs held out nothing, so there is nothing to evaluate; train with a split that does.")
-
-    predicted = {} if predicted is None else predicted
-    for name in predicted.keys() & trained.keys():
-        _check_makers(name, predicted[name], trained[name])
-    vectors = first.spec.read_vectors(adata) or None
-    contexts = sorted({p.context for p in split.test})
-    replaced: dict[str, str] = {}
-    made: dict[str, list[dict[Population, np.ndarray]]] = {name: [] for name in {**trained, **predicted}}
-    how: dict[str, list[Any]] = {name: [] for name in made}
-    for name, of_row in predicted.items():
-        for given in of_row:
-            made[name].append(predicted_cells(first, given, split.test))
-            generation, stand_ins = generation_of(given)
-            how[name].append(None if generation is None else to_dict(generation))
-            replaced |= stand_ins
-    for name, of_row in trained.items():
-        for run in () if name in predicted else of_row:
-            sources = read_sources(run, adata, contexts)
-            found, stand_ins = generate(run, sources, split.test, seed=seed, on_unknown=on_unknown, vectors=vectors)
-            made[name].append({p: cells.x for p, cells in found.items()})
-            how[name].append(to_dict(run.generation))
-            replaced |= stand_ins
-    training, real = (observed_cells(first, adata, part) for part in (split.train, split.test))
-    axes: dict[str, list[Population]] = {}
-    for p in split.test:
-        axes.setdefault(unseen_axis(p, split), []).append(p)
-    told = ", ".join(f"{axis} ({len(of_axis)})" for axis, of_axis in axes.items())
-    titles = {f"all {len(split.test)} held-out populations, unseen: {told}": list(split.test)}
-    if len(axes) > 1:
-        titles |= {f"held-out populations, unseen: {axis}": of_axis for axis, of_axis in axes.items()}
-    n_controls = sum(len(x) for p, x in training.items() if p.is_control and p.context in contexts)
-    from_where = f"predicted from the {n_controls} control cells of their contexts, which training saw"
-    return [
-        perturbation_table(
-            f"{title}; {from_where}",
-            {name: [{p: cells[p] for p in wanted} for cells in of_row] for name, of_row in made.items()},
-            training,
-            {p: real[p] for p in wanted},
-            metrics,
-            n_cells=n_cells,
-            n_draws=n_draws,
-            seed=seed,
-            vectors=vectors,
-            gene_names=first.genes,
-            provenance={
-                **provenance,
-                "unseen": {str(p): axis for axis, of_axis in axes.items() for p in of_axis},
-                "generation": how,
-                "replaced": replaced,
-            },
-        )
-        for title, wanted in titles.items()
-    ]
-
-
-def _check_makers(name: str, predicted: Sequence[AnnData], runs: Sequence[TrainedPerturbation]) -> None:
-    """That the row of these runs is not filled with what others predicted."""
-    makers = [cells.uns.get("scjax", {}).get("run") for cells in predicted]
-    if makers != [run.about["run"] for run in runs]:
-        raise ValueError(
-            f"predicted[{name!r}] must be what the runs {', '.join(run.about['run'] for run in runs)} of that row "
-            f"predicted, in their order; got predictions of {', '.join(map(str, makers)) or 'none'}."
-        )
+    spec = next(iter(trained.values()))[0].spec
+    return population_tables(
+        trained,
+        adata,
+        work,
+        predicted=predicted,
+        metrics=metrics,
+        n_cells=n_cells,
+        n_draws=n_draws,
+        seed=seed,
+        on_unknown=on_unknown,
+        vectors=spec.read_vectors(adata) or None,
+        provenance=provenance,
+    )
 
 
 def _sized(config: scdfm.Config, data: PerturbationData) -> scdfm.Config:

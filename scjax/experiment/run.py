@@ -32,6 +32,7 @@ __all__ = [
     "check_same_data",
     "check_same_settings",
     "check_seeds",
+    "check_validation",
     "comparable_runs",
     "data_digest",
     "train_task",
@@ -89,6 +90,30 @@ def check_loop(experiment: Any) -> None:
             f"got {experiment.checkpoint_every} and {experiment.scan_steps}."
         )
     make_optimizer(experiment.optimizer, experiment.n_steps)  # the door for what needs both
+
+
+def check_validation(experiment: Any) -> None:
+    """Whether the populations that the split keeps for validation are used, and there are any where they are to be."""
+    split, every = experiment.split, experiment.validate_every
+    ways = ("validation_fraction", "validation_conditions", "validation_values")
+    kept = next((name for name in ways if getattr(split, name, None)), None)
+    if kept is not None and every is None:
+        raise ValueError(
+            f"split.{kept}={getattr(split, kept)} keeps populations from training; set validate_every to use them, or "
+            "leave it out."
+        )
+    if kept is None and every is not None:
+        raise ValueError(
+            f"validate_every={every}, but the split keeps no population for that: set split.validation_fraction. The "
+            "test populations are never looked at."
+        )
+    if experiment.patience is not None and every is None:
+        raise ValueError(f"patience={experiment.patience} needs validate_every; it is None.")
+    for name in ("validate_every", "patience"):
+        if getattr(experiment, name) is not None:
+            at_least(name, getattr(experiment, name), 1)
+    if every is not None and every % experiment.scan_steps:
+        raise ValueError(f"validate_every must be a multiple of scan_steps; got {every} and {experiment.scan_steps}.")
 
 
 def admit(workdir: Path, resume: bool, step: int | None) -> None:

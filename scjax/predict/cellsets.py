@@ -22,7 +22,7 @@ from scjax.data.source import as_joined, join, open_source
 from scjax.data.spec import AnnData, DataSpec
 from scjax.data.splits import PerturbationSplit
 from scjax.models import perturbdiff
-from scjax.predict.conditions import asked_conditions, brought_vectors, number_of
+from scjax.predict.populations import asked_conditions, brought_vectors, number_of
 from scjax.predict.record import predicting_params, record
 from scjax.processes.diffusion import Spacing, Variance
 from scjax.types import Params, Population

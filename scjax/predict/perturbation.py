@@ -1,6 +1,5 @@
 """A trained perturbation model at work: what control cells become under conditions, seen or not, without the truth."""
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from scjax.check import at_least, column, finite, non_negative, one_of, suggestion
+from scjax.check import at_least, finite, non_negative, one_of, suggestion
 from scjax.checkpoint import Checkpoint
 from scjax.config import from_dict
 from scjax.data.conditions import OnUnknown, known_names, resolve_unknown, trained_names
@@ -23,6 +22,7 @@ from scjax.data.spec import AnnData, DataSpec
 from scjax.data.splits import PerturbationSplit
 from scjax.data.vocabulary import Vocabulary
 from scjax.models import scdfm
+from scjax.predict.populations import asked_conditions, brought_vectors, number_of
 from scjax.predict.record import predicting_params, record
 from scjax.processes.flow import Solver
 from scjax.types import Params, Population
@@ -33,10 +33,8 @@ __all__ = [
     "Sources",
     "TrainedPerturbation",
     "generate",
-    "generation_of",
     "observed_cells",
     "predict",
-    "predicted_cells",
     "read_sources",
 ]
 
@@ -258,11 +256,11 @@ def generate(
         x, n = sources[population.context].x[:, columns], generation.n_cells
         if starts_as_control:
             at_least(f"the number of control cells of context {population.context!r}", len(x), 2)
-        rng = np.random.default_rng([seed, _number(population)])
+        rng = np.random.default_rng([seed, number_of(population)])
         drawn = rng.permutation(len(x))[:n]  # each once; more than there are, again at random
         drawn = np.concatenate([drawn, rng.choice(len(x), n - len(drawn))])
         shown = (drawn + rng.integers(1, len(x), n)) % len(x) if starts_as_control else drawn
-        key = jax.random.fold_in(jax.random.key(seed), _number(population))
+        key = jax.random.fold_in(jax.random.key(seed), number_of(population))
         parts = []
         for i, start in enumerate(range(0, n, chunk)):
             part = slice(start, start + chunk)
@@ -340,7 +338,7 @@ def predict(
         "zero_below": zero_below,
     }
     generation = replace(trained.generation, **{name: value for name, value in given.items() if value is not None})
-    asked = _asked(trained, conditions)
+    asked = asked_conditions(trained.spec, conditions)
     sources = read_sources(trained, adata, contexts)
     populations = [Population(names, context) for names in asked for context in sources]
     genes = trained.genes if genes is None else tuple(genes)
@@ -352,7 +350,7 @@ def predict(
         genes=genes,
         seed=seed,
         on_unknown=on_unknown,
-        vectors=_vectors(trained.spec, adata),
+        vectors=brought_vectors(trained.spec, adata),
         chunk=chunk,
     )
     tables = []
@@ -387,49 +385,6 @@ def predict(
     return predicted
 
 
-def predicted_cells(
-    trained: TrainedPerturbation, predicted: AnnData, populations: Iterable[Population]
-) -> dict[Population, Float[np.ndarray, "_cells genes"]]:
-    """The cells of these populations in an AnnData such as `predict` gives, whoever made it.
-
-    X is taken as it is, so that it must be in the model's space: log-normalised expression of the kept genes, in any
-    order and among others. obs has the columns condition (in any spelling that the run understands) and context.
-
-    Raises:
-        ValueError: a column or a gene that is missing, a population without cells.
-    """
-    for name in ("condition", "context"):
-        column(name, name, predicted.obs, "predicted.obs")
-    missing = [name for name in trained.genes if name not in predicted.var_names]
-    if missing:
-        raise ValueError(
-            f"predicted must have the {len(trained.genes)} genes of the model; "
-            f"{len(missing)} are missing, the first is {missing[0]!r}."
-        )
-    x = predicted[:, list(trained.genes)].X
-    x = np.asarray(x.toarray() if hasattr(x, "toarray") else x, np.float32)
-    spelled = {name: trained.spec.parse_condition(name) for name in predicted.obs["condition"].unique()}
-    condition, context = predicted.obs["condition"].map(spelled), predicted.obs["context"].astype(str)
-    rows: dict[Population, list[int]] = {}
-    for i, (names, where) in enumerate(zip(condition, context, strict=True)):
-        rows.setdefault(Population(names, where), []).append(i)
-    found = {}
-    for population in populations:
-        if population not in rows:
-            raise ValueError(f"predicted has no cells of {population}.{suggestion(population, rows)}")
-        found[population] = x[rows[population]]
-    return found
-
-
-def generation_of(predicted: AnnData) -> tuple[GenerationConfig | None, dict[str, str]]:
-    """How `predict` made these cells, and what stood for names it did not know; (None, {}) of what others made."""
-    told = predicted.uns.get("scjax")
-    if told is None:
-        return None, {}
-    values = {f.name: np.asarray(told[f.name]).item() for f in fields(GenerationConfig)}
-    return from_dict(GenerationConfig, values), json.loads(told["replaced"])
-
-
 @partial(jax.jit, static_argnames=("config", "solver", "n_steps", "guidance", "weights"))
 def _sample(params, source, begin, embedding, genes, key, constants, *, config, solver, n_steps, guidance, weights):
     perturbation = jnp.broadcast_to(embedding[None], (len(source), *embedding.shape))
@@ -457,23 +412,6 @@ def _of_ids(params, ids, constants, *, config):
 @partial(jax.jit, static_argnames="config")
 def _of_vectors(params, vectors, *, config):
     return scdfm.embed_vectors(params, vectors, config=config).mean(axis=0)
-
-
-def _asked(trained: TrainedPerturbation, conditions: Iterable[str]) -> list[tuple[str, ...]]:
-    """In canonical form, each once."""
-    if isinstance(conditions, str):
-        raise ValueError(
-            f"conditions must be a list of names; got the one text {conditions!r}. Write [{conditions!r}]."
-        )
-    spelled: dict[tuple[str, ...], str] = {}
-    for name in conditions:
-        names = trained.spec.parse_condition(name)
-        if names in spelled:
-            raise ValueError(f"conditions must differ; {name!r} and {spelled[names]!r} are the same.")
-        spelled[names] = name
-    if not spelled:
-        raise ValueError("conditions must name at least one condition; got none.")
-    return list(spelled)
 
 
 def _embedding(
@@ -511,14 +449,3 @@ def _embedding(
         return _of_vectors(trained.params, jnp.asarray(table), config=trained.config), resolved.replaced
     ids = vocabulary.encode([slots], kind, len(slots))
     return _of_ids(trained.params, jnp.asarray(ids), trained.constants, config=trained.config), resolved.replaced
-
-
-def _vectors(spec: DataSpec, adata: AnnData) -> dict[str, Any]:
-    """Those of `adata`, where it brings any: a prediction needs them for new names only."""
-    return spec.read_vectors(adata) if spec.vectors is not None and spec.vectors in adata.uns else {}
-
-
-def _number(population: Population) -> int:
-    """The same for a name wherever and whenever it is asked for."""
-    name = json.dumps([population.perturbation, population.context])
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest()) >> 1

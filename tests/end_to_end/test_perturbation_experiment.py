@@ -260,7 +260,7 @@ def test_predictions_that_are_there_already_are_not_made_again(perturbation_run,
     made = predict(trained, adata, ["g1+g0", "z+g0", "g0"])
     others = anndata.AnnData(sparse.csr_matrix(made.X[:, ::-1]), made.obs[["condition", "context"]], made.var[::-1])
     (plain,) = evaluate([perturbation_run.workdir], adata, metrics=L2)
-    monkeypatch.setattr("scjax.experiment.perturbation.generate", None)
+    monkeypatch.setattr("scjax.predict.perturbation.generate", None)
     given = {"scDFM": [made], "another": [others]}
     (table,) = evaluate([perturbation_run.workdir], adata, predicted=given, metrics=L2)
     for name in given:

@@ -1,0 +1,96 @@
+"""Predictions of populations, whatever model makes them: what a user asks for, in one form, and what came of it."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from scjax.check import column, suggestion
+from scjax.config import from_dict
+from scjax.data.spec import AnnData, DataSpec
+from scjax.types import Population
+
+__all__ = ["asked_conditions", "brought_vectors", "generation_of", "number_of", "predicted_cells"]
+
+
+def asked_conditions(spec: DataSpec, conditions: Iterable[str]) -> list[tuple[str, ...]]:
+    """In canonical form, each once.
+
+    Raises:
+        ValueError: a text instead of a list of them, two names of one condition, none at all.
+    """
+    if isinstance(conditions, str):
+        raise ValueError(
+            f"conditions must be a list of names; got the one text {conditions!r}. Write [{conditions!r}]."
+        )
+    spelled: dict[tuple[str, ...], str] = {}
+    for name in conditions:
+        names = spec.parse_condition(name)
+        if names in spelled:
+            raise ValueError(f"conditions must differ; {name!r} and {spelled[names]!r} are the same.")
+        spelled[names] = name
+    if not spelled:
+        raise ValueError("conditions must name at least one condition; got none.")
+    return list(spelled)
+
+
+def brought_vectors(spec: DataSpec, adata: AnnData) -> dict[str, Any]:
+    """Those of `adata`, where it brings any: a prediction needs them for new names only."""
+    return spec.read_vectors(adata) if spec.vectors is not None and spec.vectors in adata.uns else {}
+
+
+def number_of(population: Population) -> int:
+    """For random streams: the same for a name wherever and whenever it is asked for."""
+    name = json.dumps([population.perturbation, population.context])
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest()) >> 1
+
+
+def predicted_cells(
+    trained: Any, predicted: AnnData, populations: Iterable[Population], genes: Sequence[str] | None = None
+) -> dict[Population, Float[np.ndarray, "_cells genes"]]:
+    """The cells of these populations in an AnnData such as `predict` gives, whoever made it.
+
+    X is taken as it is, so that it must be in the model's space: log-normalised expression of the kept genes (or of
+    `genes`), in any order and among others. obs has the columns condition (in any spelling that the run understands)
+    and context.
+
+    Raises:
+        ValueError: a column or a gene that is missing, a population without cells.
+    """
+    genes = list(trained.genes if genes is None else genes)
+    for name in ("condition", "context"):
+        column(name, name, predicted.obs, "predicted.obs")
+    missing = [name for name in genes if name not in predicted.var_names]
+    if missing:
+        raise ValueError(
+            f"predicted must have the {len(genes)} genes of the model; "
+            f"{len(missing)} are missing, the first is {missing[0]!r}."
+        )
+    x = predicted[:, genes].X
+    x = np.asarray(x.toarray() if hasattr(x, "toarray") else x, np.float32)
+    spelled = {name: trained.spec.parse_condition(name) for name in predicted.obs["condition"].unique()}
+    condition, context = predicted.obs["condition"].map(spelled), predicted.obs["context"].astype(str)
+    rows: dict[Population, list[int]] = {}
+    for i, (names, where) in enumerate(zip(condition, context, strict=True)):
+        rows.setdefault(Population(names, where), []).append(i)
+    found = {}
+    for population in populations:
+        if population not in rows:
+            raise ValueError(f"predicted has no cells of {population}.{suggestion(population, rows)}")
+        found[population] = x[rows[population]]
+    return found
+
+
+def generation_of(predicted: AnnData, cls: type) -> tuple[Any, dict[str, str]]:
+    """How `predict` made these cells, as a `cls`, and what stood for names it did not know; (None, {}) of what others
+    made.
+    """
+    told = predicted.uns.get("scjax")
+    if told is None:
+        return None, {}
+    values = {f.name: np.asarray(told[f.name]).item() for f in fields(cls)}
+    return from_dict(cls, values), json.loads(told["replaced"])
