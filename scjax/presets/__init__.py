@@ -1,4 +1,4 @@
-"""Named experiments: of the papers, and the one that the demo runs. One module a model."""
+"""Named experiments: of the papers, and those that the demo runs. One module a model."""
 
 from dataclasses import dataclass
 
@@ -39,7 +39,7 @@ def preset(name: str) -> Preset:
 
 
 def _all() -> dict[str, Preset]:
-    from scjax.presets import scdfm, scimf
+    from scjax.presets import perturbdiff, scdfm, scimf
 
-    of_model = {"scimf": scimf.PRESETS, "scdfm": scdfm.PRESETS}
+    of_model = {"scimf": scimf.PRESETS, "scdfm": scdfm.PRESETS, "perturbdiff": perturbdiff.PRESETS}
     return {f"{model}/{name}": found for model, presets in of_model.items() for name, found in presets.items()}
