@@ -356,14 +356,10 @@ def _without_space(batch_at: Callable[[int], Any]) -> Callable[[int], Any]:
     return lambda step: replace(batch_at(step), space=None)
 
 
-def _trained_names(data: CellSetData, sampling: CellSetSampling) -> dict[str, list[str]]:
-    """The names of each role that are in a set of training: the entries of a table that are learned."""
+def _trained_names(data: CellSetData, sampling: CellSetSampling) -> dict[str, list[Any]]:
+    """The names (or doses) of each role that are in a set of training: the entries of a table that are learned."""
     rows = data.target_rows(include_control=sampling.include_control)
-    return {
-        role: [getattr(data.names, role)[i] for i in np.unique(ids[rows])]
-        for role, ids in data.covariates.items()
-        if role != "dose"
-    }
+    return {role: [getattr(data.names, role)[i] for i in np.unique(ids[rows])] for role, ids in data.covariates.items()}
 
 
 def _validation(

@@ -153,8 +153,8 @@ class TrainedCellSets(NamedTuple):
     def _sampling(self) -> dict[str, Any]:
         return self.about["experiment"]["sampling"]
 
-    def _trained(self, role: str) -> list[str]:
-        """The names of this role that were in a set of training."""
+    def _trained(self, role: str) -> list[Any]:
+        """The names (or doses) of this role that were in a set of training."""
         return self.about["trained"][role]
 
 
@@ -578,7 +578,7 @@ class _Covariates:
         """Ids and ranks of doses of what is, or stands for, this perturbation."""
         trained, name = self.trained, population.condition
         if "perturbation" not in self.roles:
-            return [(0, trained.names.dose_rank(population) if "dose" in self.roles else 0)]
+            return [(0, self._dose(population))]
         parts = population.perturbation
         if name not in self.vectors and parts and all(part in self.vectors for part in parts):
             self.vectors[name] = np.mean([self.vectors[part] for part in parts], axis=0)
@@ -591,9 +591,20 @@ class _Covariates:
         found = []
         for stand_in in resolved.parts[0]:
             names = () if stand_in == CONTROL else tuple(stand_in.split("+"))
-            dose = trained.names.dose_rank(Population(names, "")) if "dose" in self.roles else 0
-            found.append((self._row(stand_in), dose))
+            found.append((self._row(stand_in), self._dose(Population(names, ""))))
         return found
+
+    def _dose(self, population: Population) -> int:
+        if "dose" not in self.roles:
+            return 0
+        rank, seen = self.trained.names.dose_rank(population), self.trained._trained("dose")
+        dose = self.trained.names.dose[rank]
+        if dose not in seen:
+            raise ValueError(
+                f"the dose {dose:g} was in no set of training, so the model's entry for it was never learned; there "
+                f"were {', '.join(f'{known:g}' for known in seen)}."
+            )
+        return rank
 
     def _row(self, condition: str) -> int:
         if condition not in self.conditions:  # a new vector
