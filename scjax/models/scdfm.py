@@ -185,6 +185,22 @@ def _leaky(x: Array) -> Array:
     return nn.leaky_relu(x, _LEAKY_SLOPE)
 
 
+@jax.custom_jvp
+def _made(x: Array) -> Array:
+    """An array that is made once, before it is used, where no gradient is asked for.
+
+    XLA's CPU compiler otherwise joins normalisations, activations and the matrix products around them into one kernel,
+    which is slower than its parts and holds constants as large as the hidden layer. Programs with gradients are cut
+    into parts by what the backward pass keeps.
+    """
+    return jax.lax.optimization_barrier(x)
+
+
+@_made.defjvp
+def _made_as_it_is(x: tuple[Array], dx: tuple[Array]) -> tuple[Array, Array]:
+    return x[0], dx[0]
+
+
 class MLP(nn.Module):
     config: Config
     widths: tuple[int, ...]
@@ -193,7 +209,7 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*n inputs"]) -> Float[Array, "*n outputs"]:
         for i, width in enumerate(self.widths):
-            x = _dense(self.config, width)(x if i == 0 else self.activation(x))
+            x = _dense(self.config, width)(x if i == 0 else _made(self.activation(x)))
         return x
 
 
@@ -414,8 +430,8 @@ class DifferentialBlock(nn.Module):
         self, y: Float[Array, "genes d"], of_control: tuple[Array, Array], c: Float[Array, " d"]
     ) -> Float[Array, "genes d"]:
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(self.modulation(nn.silu(c))[None], 6, axis=-1)
-        y = y + gate1 * self.attention(modulate(self.norm(y), shift1, scale1), of_control)
-        return y + gate2 * self.feedforward(modulate(self.norm(y), shift2, scale2))
+        y = y + gate1 * self.attention(_made(modulate(self.norm(y), shift1, scale1)), of_control)
+        return y + gate2 * self.feedforward(_made(modulate(self.norm(y), shift2, scale2)))
 
 
 class PerceiverBlock(nn.Module):
