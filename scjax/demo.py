@@ -13,13 +13,15 @@ from scjax.presets import preset
 
 __all__ = ["demo"]
 
-_PRESETS = {"scimf": "scimf/klein", "scdfm": "scdfm/norman_subset"}
+_PRESETS = {"scimf": "scimf/klein", "scdfm": "scdfm/norman_subset", "perturbdiff": "perturbdiff/mcfaline"}
 _WITH, _WITHOUT = "scIMF", "scIMF without interactions"
 _SCDFM = "scDFM"
+_PERTURBDIFF = "PerturbDiff"
+_N_REAL_SETS = 40  # drawn of the real cells of a population, to see how the means of such sets vary
 
 
 def demo(
-    model: Literal["scimf", "scdfm"] = "scimf",
+    model: Literal["scimf", "scdfm", "perturbdiff"] = "scimf",
     *,
     n_seeds: int = 1,
     out: Path | None = None,
@@ -28,7 +30,7 @@ def demo(
     """Trains, predicts what training never saw, compares and draws; returns the folder it wrote.
 
     "scimf": with and without interactions on Klein 2015, the held-out day. "scdfm": on the Norman 2019 subset, the
-    pairs of genes both of which were seen alone.
+    pairs of genes both of which were seen alone. "perturbdiff": on McFaline 2023, kinases in lines that lack them.
 
     Args:
         n_seeds: trainings of each model; the table shows their spread.
@@ -48,7 +50,7 @@ def demo(
         raise ValueError(f"out {out} exists already and is not overwritten; choose a new folder.")
     began = time.perf_counter()
     experiment = preset(_PRESETS[model]).experiment if experiment is None else experiment
-    show = {"scimf": _time_series, "scdfm": _perturbations}[model](experiment)
+    show = {"scimf": _time_series, "scdfm": _perturbations, "perturbdiff": _cell_sets}[model](experiment)
     print(show.about)
     print(to_json(experiment), end="")
 
@@ -185,48 +187,187 @@ def _finish_perturbations(
     tables: Sequence[Any],
     predicted: Mapping[str, Sequence[Any]],
 ) -> tuple[str, ...]:
+    predicted[_SCDFM][0].write_h5ad(out / "predictions.h5ad")
+    held_out = _held_out(runs, adata, predicted)
+    return _draw_effects(out, held_out, tables[0], baseline="additive")
+
+
+# -- cell sets
+
+
+def _cell_sets(experiment: Experiment) -> _Show:
+    from scjax.data import datasets
+
+    adata = datasets.mcfaline2023()
+    lines = ", ".join(sorted(adata.obs["cell_type"].astype(str).unique()))
+    about = (
+        "Three glioblastoma lines under CRISPR interference (McFaline-Figueroa et al., Cell Genomics 2024), "
+        f"log-normalised:\n{adata.n_obs} cells x {adata.n_vars} genes of {lines}; control and "
+        f"{adata.obs['perturbation'].nunique() - 1} kinases and receptors, of which training lacks three in each line"
+    )
+    variants = {_PERTURBDIFF: _Variant("perturbdiff", experiment)}
+    return _Show(adata, about, variants, _predict_cell_sets, _finish_cell_sets)
+
+
+def _predict_cell_sets(adata: Any, runs: Mapping[str, Sequence[Path]]) -> dict[str, list[Any]]:
+    """Every kinase in every line, of which those are kept that training did not see there."""
+    from scjax.predict import load, predict
+    from scjax.types import Population
+
+    def of(folder: Path) -> Any:
+        trained = load(folder)
+        test = trained.split.test
+        made = predict(trained, adata, sorted({p.condition for p in test}))
+        keys = zip(made.obs["condition"].map(trained.spec.parse_condition), made.obs["context"], strict=True)
+        return made[[Population(*key) in test for key in keys]].copy()
+
+    return {name: [of(folder) for folder in folders] for name, folders in runs.items()}
+
+
+def _finish_cell_sets(
+    out: Path,
+    adata: Any,
+    runs: Mapping[str, Sequence[Path]],
+    tables: Sequence[Any],
+    predicted: Mapping[str, Sequence[Any]],
+) -> tuple[str, ...]:
+    generated = predicted[_PERTURBDIFF][0]
+    generated.write_h5ad(out / "predictions.h5ad")
+    held_out = _held_out(runs, adata, predicted)
+    print("\n" + _strength(tables[0]))
+    figures = _draw_effects(out, held_out, tables[0], baseline="shift")
+    return *figures, _draw_sets(out, held_out, generated)
+
+
+def _strength(table: Any) -> str:
+    """How large the effects are beside the noise of the means, and what that leaves to a model: of this table alone."""
     import numpy as np
 
+    model, control, ceiling = table.row(_PERTURBDIFF), table.row("control"), table.of_kind("floor")[0]
+    rules = [row for row in table.of_kind("baseline") if np.isfinite(row.mean("pearson_delta"))]
+    best = max(rules, key=lambda row: row.mean("pearson_delta"), default=None)
+    l2 = {name: row.mean("l2") for name, row in (("model", model), ("control", control), ("ceiling", ceiling))}
+    r = {name: row.mean("pearson_delta") for name, row in (("model", model), ("ceiling", ceiling))}
+    weak = l2["control"] < 1.5 * l2["ceiling"]
+    lines = [
+        f"The mean of unperturbed control cells is {l2['control']:.2f} away from that of the perturbed ones (l2), one "
+        f"half of the perturbed cells {l2['ceiling']:.2f} from the other:",
+        "the effects are weak, hardly above the noise of so few cells, and these data rank no models."
+        if weak
+        else "the effects stand out of the noise.",
+        f"{_PERTURBDIFF} comes to {l2['model']:.2f}, "
+        + ("nearer than doing nothing." if l2["model"] < l2["control"] else "no nearer than doing nothing."),
+        f"Its changes correlate with the real ones at {r['model']:.2f}, those of one half with the other at "
+        f"{r['ceiling']:.2f}"
+        + ("." if best is None else f", the best rule's ({best.name}) at {best.mean('pearson_delta'):.2f}."),
+    ]
+    return "\n".join(lines)
+
+
+def _draw_sets(out: Path, held_out: "_HeldOut", generated: Any) -> str:
+    """The population of each context with the largest effect: means of generated sets, and of real ones of as many
+    cells, drawn with replacement, so that they vary as sets of independent cells do.
+    """
+    import numpy as np
+
+    from scjax.plot import perturbation
+    from scjax.plot.save import save
+
+    real, made = held_out.real, held_out.made
+    strongest = {}
+    for p in sorted(real, key=held_out.effect):
+        strongest[p.context] = p
+    rng, number = np.random.default_rng(0), generated.obs["set"].to_numpy()
+    panels, spread = {}, []
+    for context in sorted(strongest):
+        p = strongest[context]
+        of_set = number[(generated.obs["condition"] == p.condition) & (generated.obs["context"] == context)]
+        sets = [made[p][of_set == n] for n in np.unique(of_set)]
+        n_cells = min(len(cells) for cells in sets)
+
+        def means_of(cells: Any, n_cells: int = n_cells) -> Any:
+            return np.stack([rng.choice(cells, n_cells).mean(axis=0) for _ in range(_N_REAL_SETS)])
+
+        control, observed = means_of(held_out.control[context]), means_of(real[p])
+        predicted = np.stack([cells[:n_cells].mean(axis=0) for cells in sets])
+        spread.append([means.var(axis=0, ddof=1).sum() for means in (control, observed, predicted)])
+        panels[f"{p}, sets of {n_cells} cells"] = (control, observed, predicted)
+    of_control, of_real, of_made = np.sqrt(np.mean(spread, axis=0))
+    print(
+        f"Means of sets vary by {of_made:.2f} (generated), {of_real:.2f} (real, perturbed), {of_control:.2f} (control): "
+        "root of the variance between sets of equal size, summed over genes."
+    )
+    axes = perturbation.set_means(panels, predicted_name=_PERTURBDIFF)
+    save(axes[0], out / "sets.png")
+    return "sets.png"
+
+
+# -- what models of perturbations share
+
+
+class _HeldOut(NamedTuple):
+    """Cells [cells, genes] of the first run: control cells by context, real and generated ones by population."""
+
+    name: str
+    trained: Any
+    training: Mapping[Any, Any]
+    control: Mapping[str, Any]
+    real: Mapping[Any, Any]
+    made: Mapping[Any, Any]
+
+    def delta(self, cells: Any, population: Any) -> Any:
+        """Change of the mean against the controls of the context."""
+        return cells.mean(axis=0) - self.control[population.context].mean(axis=0)
+
+    def effect(self, population: Any) -> float:
+        import numpy as np
+
+        return float(np.linalg.norm(self.delta(self.real[population], population)))
+
+
+def _held_out(runs: Mapping[str, Sequence[Path]], adata: Any, predicted: Mapping[str, Sequence[Any]]) -> _HeldOut:
+    from scjax.predict import cellsets, load, observed_cells
+    from scjax.predict.populations import predicted_cells
+
+    name = next(iter(runs))
+    trained = load(runs[name][0])
+    observed = cellsets.observed_cells if isinstance(trained, cellsets.TrainedCellSets) else observed_cells
+    training, real = (observed(trained, adata, part) for part in (trained.split.train, trained.split.test))
+    control = {p.context: cells for p, cells in training.items() if p.is_control}
+    return _HeldOut(name, trained, training, control, real, predicted_cells(trained, predicted[name][0], real))
+
+
+def _draw_effects(out: Path, held_out: _HeldOut, table: Any, *, baseline: str) -> tuple[str, ...]:
     from scjax.metrics.perturbation_baselines import fit_baselines
     from scjax.plot import perturbation
     from scjax.plot.save import save
-    from scjax.predict import load, observed_cells
-    from scjax.predict.populations import predicted_cells
 
-    trained, generated = load(runs[_SCDFM][0]), predicted[_SCDFM][0]
-    split = trained.split
-    generated.write_h5ad(out / "predictions.h5ad")
-    real, training = observed_cells(trained, adata, split.test), observed_cells(trained, adata, split.train)
-    control = next(x for p, x in training.items() if p.is_control)
-    made = predicted_cells(trained, generated, split.test)
-
-    fitted = fit_baselines(training)
-    additive = {p: fitted.predict(p)["additive"].delta for p in split.test}
-    deltas = [{p: x.mean(axis=0) - control.mean(axis=0) for p, x in cells.items()} for cells in (real, made)]
+    genes, real, made = held_out.trained.genes, held_out.real, held_out.made
+    fitted = fit_baselines(held_out.training)
+    rule = {p: fitted.predict(p)[baseline].delta for p in real}
     axes = perturbation.delta_scatter(
-        *deltas,
-        trained.genes,
-        baseline={p: delta for p, delta in additive.items() if delta is not None},
-        baseline_name="additive",
-        predicted_name=_SCDFM,
+        *({p: held_out.delta(x, p) for p, x in cells.items()} for cells in (real, made)),
+        genes,
+        baseline={p: delta for p, delta in rule.items() if delta is not None},
+        baseline_name=baseline,
+        predicted_name=held_out.name,
     )
     save(axes[0], out / "deltas.png")
 
-    strongest = max(real, key=lambda p: np.linalg.norm(deltas[0][p]))
+    strongest = max(real, key=held_out.effect)
     ax = perturbation.top_gene_distributions(
-        control,
+        held_out.control[strongest.context],
         real[strongest],
         made[strongest],
-        trained.genes,
+        genes,
         title=f"{strongest}: the genes that change most",
-        predicted_name=_SCDFM,
+        predicted_name=held_out.name,
     )
     save(ax, out / "top_genes.png")
 
-    table = tables[0]
     values = {row.name: row.by_population("l2").mean(axis=0) for row in table.rows}
     ceiling = table.of_kind("floor")[0].name
-    ax = perturbation.metric_dots(values, highlighted=[_SCDFM], ceiling=ceiling, metric="L2 of the means ↓")
+    ax = perturbation.metric_dots(values, highlighted=[held_out.name], ceiling=ceiling, metric="L2 of the means ↓")
     save(ax, out / "l2.png")
     return "deltas.png", "top_genes.png", "l2.png"
 

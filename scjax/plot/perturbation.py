@@ -1,4 +1,4 @@
-"""Effects of perturbations: predicted over observed changes, the genes that change most, a metric over populations."""
+"""Effects of perturbations: predicted over observed changes, the genes that change most, how sets vary, metrics."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 from scjax import check
 from scjax.plot.palette import OBSERVED, PREDICTED
 
-__all__ = ["delta_scatter", "metric_dots", "top_gene_distributions"]
+__all__ = ["delta_scatter", "metric_dots", "set_means", "top_gene_distributions"]
 
 Cells: TypeAlias = Float[np.ndarray | Array, "_cells _genes"]
 
@@ -183,6 +183,73 @@ def top_gene_distributions(
     ax.set_title(title, loc="left", size=11)
     ax.legend(loc="lower right", bbox_to_anchor=(1, 1.0), ncols=3, frameon=False, fontsize=9, handlelength=1.2)
     return ax
+
+
+def set_means(
+    populations: Mapping[Any, tuple[Any, Any, Any]],
+    *,
+    predicted_name: str = "predicted",
+    axes: Sequence[Any] | None = None,
+) -> list[Any]:
+    """How far sets of cells of one population lie apart: in each panel, a dot for the mean of each of its sets.
+
+    The plane is that of the first two principal components of the dots; at each axis stands its share of their
+    variance. The cross is the mean of a group, the ellipse two standard deviations round it. Sets of unequal size are
+    not comparable: the variance of a mean falls with the number of cells.
+
+    Args:
+        populations: by title, the means of control, observed and predicted sets, each [sets, genes] of three sets or
+                more.
+        predicted_name: of the model.
+        axes: one for each population; a new figure unless given.
+
+    Raises:
+        ValueError: no population, unequal numbers of genes, fewer than two genes or three sets, values that are not
+            finite, another number of axes than of populations.
+    """
+    if not populations:
+        raise ValueError("populations must hold at least one; it is empty.")
+    axes = _panels(len(populations), 3.6) if axes is None else list(axes)
+    if len(axes) != len(populations):
+        raise ValueError(f"axes must hold one for each of {len(populations)} populations; got {len(axes)}.")
+    names = ("control", "observed", predicted_name)
+    for ax, (title, groups) in zip(axes, populations.items(), strict=True):
+        groups = [np.asarray(means, np.float64) for means in groups]
+        for name, means in zip(names, groups, strict=True):
+            if means.ndim != 2 or len(means) < 3 or means.shape[1] < 2 or means.shape[1] != groups[0].shape[1]:
+                raise ValueError(
+                    f"{title}, {name}: wanted [sets, genes] with three sets or more and as many genes as the "
+                    f"control's, two at least; got {means.shape}."
+                )
+            check.finite(f"{title}, {name}", means)
+        _draw_set_means(ax, groups, names)
+        ax.set_title(str(title), loc="left", size=10)
+    axes[0].legend(loc="best", frameon=False, fontsize=8, handlelength=1.0, borderaxespad=0.2)
+    return axes
+
+
+def _draw_set_means(ax: Any, groups: Sequence[np.ndarray], names: Sequence[str]) -> None:
+    from matplotlib.patches import Ellipse
+
+    everything = np.concatenate(groups)
+    centre = everything.mean(axis=0)
+    _, singular, components = np.linalg.svd(everything - centre, full_matrices=False)
+    plane = components[:2] * np.sign(components[[0, 1], np.abs(components[:2]).argmax(axis=1)])[:, None]
+    share = singular[:2] ** 2 / max(float(np.sum(singular**2)), 1e-300)
+    for name, means, colour in zip(names, groups, (CONTROL, OBSERVED, PREDICTED), strict=True):
+        points = (means - centre) @ plane.T
+        variances, directions = np.linalg.eigh(np.cov(points.T))  # ascending
+        short, long = 4 * np.sqrt(np.maximum(variances, 0))  # two standard deviations to both sides
+        angle = np.degrees(np.arctan2(*directions[::-1, 1]))
+        ax.add_patch(Ellipse(points.mean(axis=0), long, short, angle=angle, color=colour, alpha=0.15, zorder=1))
+        ax.scatter(*points.T, s=16, color=colour, alpha=0.75, linewidths=0, label=name, zorder=2)
+        cross = {"marker": "X", "s": 70, "edgecolors": "white", "linewidths": 0.8}
+        ax.scatter(*points.mean(axis=0), color=colour, zorder=3, **cross)
+    ax.set_aspect("equal", adjustable="datalim")
+    ax.set_xlabel(f"PC 1 of the means ({100 * share[0]:.0f} %)", size=9)
+    ax.set_ylabel(f"PC 2 ({100 * share[1]:.0f} %)", size=9)
+    ax.tick_params(labelsize=8)
+    ax.spines[["top", "right"]].set_visible(False)
 
 
 def metric_dots(
