@@ -294,8 +294,8 @@ def _draw_sets(out: Path, held_out: "_HeldOut", generated: Any) -> str:
         panels[f"{p}, sets of {n_cells} cells"] = (control, observed, predicted)
     of_control, of_real, of_made = np.sqrt(np.mean(spread, axis=0))
     print(
-        f"Means of sets vary by {of_made:.2f} (generated), {of_real:.2f} (real, perturbed), {of_control:.2f} (control): "
-        "root of the variance between sets of equal size, summed over genes."
+        f"Means of sets of equal size vary by {of_made:.2f} (generated), {of_real:.2f} (real, perturbed), "
+        f"{of_control:.2f} (control): root of their variance summed over genes."
     )
     axes = perturbation.set_means(panels, predicted_name=_PERTURBDIFF)
     save(axes[0], out / "sets.png")
