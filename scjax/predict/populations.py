@@ -73,10 +73,9 @@ def predicted_cells(
     x = predicted[:, genes].X
     x = np.asarray(x.toarray() if hasattr(x, "toarray") else x, np.float32)
     spelled = {name: trained.spec.parse_condition(name) for name in predicted.obs["condition"].unique()}
-    condition, context = predicted.obs["condition"].map(spelled), predicted.obs["context"].astype(str)
     rows: dict[Population, list[int]] = {}
-    for i, (names, where) in enumerate(zip(condition, context, strict=True)):
-        rows.setdefault(Population(names, where), []).append(i)
+    for i, (name, context) in enumerate(zip(predicted.obs["condition"], predicted.obs["context"], strict=True)):
+        rows.setdefault(Population(spelled[name], str(context)), []).append(i)
     found = {}
     for population in populations:
         if population not in rows:

@@ -277,7 +277,7 @@ def test_predictions_that_make_no_row(perturbation_run, perturbation_trained):
         with pytest.raises(ValueError, match=message):
             evaluate([perturbation_run.workdir], adata, predicted={row: predicted}, metrics=L2)
 
-    check(r"predicted has no cells of g0\+z \(B2\)", [made[made.obs["context"] == "A1"]])
+    check(r"predicted has no cells of g0\+g1 \(B2\)", [made[made.obs["context"] == "A1"]])
     check("predicted must have the 10 genes of the model; 1 are missing, the first is 'g0'", [made[:, 1:]])
     check("'condition' is not one", [anndata.AnnData(made.X, made.obs[["context"]], made.var)])
     unnamed = anndata.AnnData(made.X, made.obs, made.var)
