@@ -209,20 +209,26 @@ def read_sources(
     parts = _named(trained, adata, source)
     known = [_own_contexts(trained, name, part) for name, part in parts]
     everywhere = sorted({context for own in known for context in own})
-    found = {}
-    for context in everywhere if contexts is None else dict.fromkeys(contexts):
-        here = [part for part, own in zip(parts, known, strict=True) if context in own]
-        sources = sorted({name for name, _ in here})
+    wanted = everywhere if contexts is None else list(dict.fromkeys(contexts))
+    if contexts is not None:
+        at_least("the number of contexts", len(wanted), 1)
+    for context in wanted:
+        sources = sorted({name for (name, _), own in zip(parts, known, strict=True) if context in own})
         if len(sources) > 1:
             raise ValueError(
                 f"the context {context!r} has controls in {len(sources)} sources, {', '.join(sources)}; give one of "
                 "them, or train with covariates that tell them apart (covariates may name 'source')."
             )
-        found[context] = _joined([_read(trained, part, context) for part in here]) if here else None
-    lone = [context for context, controls in found.items() if controls is None]
+    of_part = [
+        _read(trained, part, [context for context in wanted if context in own])
+        for part, own in zip(parts, known, strict=True)
+    ]
+    here = {context: [read[context] for read in of_part if context in read] for context in wanted}
+    lone = [context for context, some in here.items() if not some]
+    found = {context: _joined(some) for context, some in here.items() if some}
     if lone or not found:
-        found |= _stand_ins(trained, parts, lone, everywhere)
-    return found
+        found |= _stand_ins(trained, parts, known, lone, everywhere)
+    return {context: found[context] for context in wanted}
 
 
 def observed_cells(
@@ -438,19 +444,25 @@ def _own_contexts(trained: TrainedCellSets, name: str, adata: AnnData) -> tuple[
     return tuple(trained.spec.read_controls(adata))
 
 
-def _read(trained: TrainedCellSets, part: tuple[str, AnnData], context: str) -> Controls:
+def _read(trained: TrainedCellSets, part: tuple[str, AnnData], contexts: Sequence[str] | None) -> dict[str, Controls]:
+    """The controls of these contexts of one file; None takes all, and there must be some."""
     name, adata = part
+    if contexts is not None and not contexts:
+        return {}
     source = trained.names.id_of("sources", name)
-    found = read_control_cells(
+    read = read_control_cells(
         adata,
         trained.spec,
         trained.transform,
         trained.names,
-        [context],
+        contexts,
         source=name,
         measured=trained.measured[source],
-    )[context]
-    return Controls(found.x, found.names, found.covariates, np.zeros(len(found.x), np.int64), source)
+    )
+    return {
+        context: Controls(cells.x, cells.names, cells.covariates, np.zeros(len(cells.x), np.int64), source)
+        for context, cells in read.items()
+    }
 
 
 def _joined(parts: Sequence[Controls]) -> Controls:
@@ -464,20 +476,23 @@ def _joined(parts: Sequence[Controls]) -> Controls:
 
 
 def _stand_ins(
-    trained: TrainedCellSets, parts: list[tuple[str, AnnData]], lone: Sequence[str], everywhere: Sequence[str]
+    trained: TrainedCellSets,
+    parts: Sequence[tuple[str, AnnData]],
+    known: Sequence[tuple[str, ...]],
+    lone: Sequence[str],
+    everywhere: Sequence[str],
 ) -> dict[str, Controls]:
     """Controls for contexts without any: other cell types of the batch, else the cell type in other batches."""
-    if not lone or trained.about["experiment"]["unmatched"] == "error" or not everywhere:
+    if not everywhere or trained.about["experiment"]["unmatched"] == "error":
         for part in parts:  # says what is missing
-            read_control_cells(part[1], trained.spec, trained.transform, trained.names, lone or None, source=part[0])
+            _read(trained, part, list(lone) or None)
     told = {context: trained.names.ids_of(Population((), context)) for context in lone}
     everyone = []
-    for part in parts:
-        for context in _own_contexts(trained, *part):
-            one = _read(trained, part, context)
+    for part, own in zip(parts, known, strict=True):
+        for context, one in _read(trained, part, own).items():
             ids = trained.names.ids_of(Population((), context))
-            own = {role: np.full(len(one.x), ids[role], np.int32) for role in ("cell_type", "batch") if role in ids}
-            everyone.append(one._replace(covariates={**one.covariates, **own}))
+            of_context = {r: np.full(len(one.x), ids[r], np.int32) for r in ("cell_type", "batch") if r in ids}
+            everyone.append(one._replace(covariates={**one.covariates, **of_context}))
     found = {}
     for context, ids in told.items():
         choices = []

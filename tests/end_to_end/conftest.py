@@ -1,6 +1,7 @@
 """One trained run of each kind, shared by all tests of this folder."""
 
 import pytest
+import tiny_cellsets
 import tiny_perturbation
 import tiny_series
 
@@ -34,3 +35,14 @@ def perturbation_run(tmp_path_factory):
 @pytest.fixture(scope="session")
 def perturbation_trained(perturbation_run):
     return load(perturbation_run.workdir)
+
+
+@pytest.fixture(scope="session")
+def cellset_run(tmp_path_factory):
+    """As `tiny_run`, on cell sets."""
+    return train(tiny_cellsets.EXPERIMENT, tiny_cellsets.make_adata(), tmp_path_factory.mktemp("cellsets") / "run")
+
+
+@pytest.fixture(scope="session")
+def cellset_trained(cellset_run):
+    return load(cellset_run.workdir)
