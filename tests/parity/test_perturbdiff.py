@@ -450,7 +450,6 @@ def test_large_backbone_with_gradients(case):
     state, config, params = network_of(golden, weights)
     x, x0_prev, control = golden["x_in"][..., :g], golden["x_in"][..., g:], golden["control_in"][..., :g]
 
-    @jit
     def predict(params, covariates):
         return perturbdiff.denoise(
             params, x, golden["t"], control, covariates, x0_prev, constants=Constants(), config=config
@@ -463,15 +462,18 @@ def test_large_backbone_with_gradients(case):
     (value, out), grads = jit(jax.value_and_grad(loss, has_aux=True))(params)
     close(out, golden["out_x"], 3e-5)
     close(jnp.mean(out > 0), golden["frac_positive"], 1e-3)
-    close(predict(params, None), golden["uncond_out_x"], 3e-5)
+    close(jit(predict)(params, None), golden["uncond_out_x"], 3e-5)
     close(value, golden["loss"], 3e-4)
     streams, (_, of_control) = both_streams(golden, state, config, None, condition=True)
     close(of_control, golden["out_x_control"], 3e-5)
     for i, name in enumerate(("pert", "control")):
         close(jnp.stack([s[i][..., :8] for s in streams]), golden[f"{name}_hidden_after_each_block_first8"], 3e-5, name)
     grads = in_torch_s_layout(state, config, grads)
-    for name, norm in zip(names, golden["grad_norm_by_sorted_name"], strict=True):
-        np.testing.assert_allclose(np.linalg.norm(grads[f"model.{name}"]), max(norm, 0), rtol=1e-4, err_msg=name)
+    # Norms were recorded by PyTorch's float32 norm, which falls short by up to 2e-4 on millions of entries.
+    for name, norm in zip(names, golden.arrays["grad_norm_by_sorted_name"], strict=True):
+        grad = grads[f"model.{name}"]
+        rtol = 1e-4 if grad.size < 2**19 else 3e-4
+        np.testing.assert_allclose(np.linalg.norm(grad), max(norm, 0), rtol=rtol, err_msg=name)
     for name, first in golden.state("grad/").items():
         close(grads[f"model.{name}"].ravel()[: first.size], first, 2e-4, name)
 
