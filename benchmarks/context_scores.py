@@ -56,7 +56,11 @@ def main() -> None:
         if args.n_steps is not None:
             warmup = min(experiment.optimizer.n_warmup, args.n_steps - 1)
             optimizer = replace(experiment.optimizer, n_warmup=warmup)
-            steps = {"n_steps": args.n_steps, "checkpoint_every": args.n_steps, "scan_steps": 1}
+            steps = {
+                "n_steps": args.n_steps,
+                "checkpoint_every": args.n_steps,
+                "scan_steps": 10 if args.n_steps % 10 == 0 else 1,
+            }
             experiment = replace(experiment, optimizer=optimizer, **steps)
         with tempfile.TemporaryDirectory() as folder:
             tables[name], seconds = scores(f"{args.question}, {name}", experiment, adata, Path(folder), seeds)
