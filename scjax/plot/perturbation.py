@@ -186,7 +186,7 @@ def top_gene_distributions(
 
 
 def set_means(
-    populations: Mapping[Any, tuple[Any, Any, Any]],
+    populations: Mapping[Any, Sequence[Any]],
     *,
     predicted_name: str = "predicted",
     axes: Sequence[Any] | None = None,

@@ -1,5 +1,7 @@
 """The main job: what it writes and prints, and that it wins where it says so."""
 
+import contextlib
+import io
 import json
 from dataclasses import replace
 
@@ -114,6 +116,66 @@ def test_the_number_in_the_table_is_that_of_the_predicted_cells(short_scdfm):
         real = adata[adata.obs["perturbation"] == condition, predicted.var_names].X.toarray().mean(axis=0)
         made = predicted[predicted.obs["condition"] == condition].X.mean(axis=0)
         assert row["scores"]["l2"]["by_population"][0][i] == pytest.approx(np.linalg.norm(made - real), rel=1e-4)
+
+
+# -- cell sets
+
+
+@pytest.fixture(scope="module")
+def short_sets(tmp_path_factory):
+    """The demo of PerturbDiff with few and cheap steps on a tenth of the genes."""
+    experiment = preset("perturbdiff/mcfaline").experiment
+    experiment = replace(
+        experiment,
+        model=replace(experiment.model, d_model=8, n_layers=1, n_heads=2, d_covariate=4, n_times=30),
+        preprocess=replace(experiment.preprocess, n_top_genes=50),
+        sampling=replace(experiment.sampling, n_sets=2, n_cells=8),
+        generation=replace(experiment.generation, n_cells=24, n_steps=2),
+        optimizer=OptimizerConfig(),
+        n_steps=10,
+        ema_decay=None,
+        checkpoint_every=10,
+    )
+    out = tmp_path_factory.mktemp("demo") / "out"
+    told = io.StringIO()
+    with contextlib.redirect_stdout(told):
+        demo("perturbdiff", out=out, experiment=experiment)
+    return out, told.getvalue()
+
+
+def test_the_demo_of_cell_sets_writes_what_it_says(short_sets):
+    out, _ = short_sets
+    figures = {"deltas.png", "top_genes.png", "l2.png", "sets.png"}
+    assert {p.name for p in out.iterdir()} == {"metrics.json", "predictions.h5ad", "runs", *figures}
+    assert all((out / name).stat().st_size > 10_000 for name in figures)
+    (table,) = json.loads((out / "metrics.json").read_text())
+    assert {"PerturbDiff", "control", "shift", "real vs real (ceiling)"} <= {row["name"] for row in table["rows"]}
+    held_out = set(preset("perturbdiff/mcfaline").experiment.split.populations)
+    assert {(p["condition"], p["context"]) for p in table["populations"]} == held_out
+    predicted = anndata.read_h5ad(out / "predictions.h5ad")
+    sizes = predicted.obs.groupby(["condition", "context", "set"], observed=True).size()
+    assert sizes.to_dict() == {(*p, n): 8 for p in held_out for n in range(3)}, "what training saw is not in the file"
+
+
+def test_the_numbers_of_cell_sets_are_those_of_the_predicted_cells(short_sets):
+    """L2 of the means, from the .h5ad and the data, by hand; and what the demo says of it."""
+    out, told = short_sets
+    (table,) = json.loads((out / "metrics.json").read_text())
+    predicted, adata = anndata.read_h5ad(out / "predictions.h5ad"), datasets.mcfaline2023()
+    scores = {row["name"]: row["scores"]["l2"] for row in table["rows"]}
+    for i, p in enumerate(table["populations"]):
+        of_line = adata[adata.obs["cell_type"] == p["context"], predicted.var_names]
+        real, control = (
+            of_line[of_line.obs["perturbation"] == name].X.toarray().mean(axis=0)
+            for name in (p["condition"], "control")
+        )
+        here = (predicted.obs["condition"] == p["condition"]) & (predicted.obs["context"] == p["context"])
+        for row, mean in (("PerturbDiff", predicted[here].X.mean(axis=0)), ("control", control)):
+            assert scores[row]["by_population"][0][i] == pytest.approx(np.linalg.norm(mean - real), rel=1e-4)
+    assert f"cells is {scores['control']['mean']:.2f} away" in told
+    assert f"PerturbDiff comes to {scores['PerturbDiff']['mean']:.2f}, no nearer than doing nothing." in told
+    assert "the effects are weak" in told
+    assert "Means of sets of equal size vary by " in told
 
 
 def test_no_seed():

@@ -6,6 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import tiny_cellsets
+
 from scjax.data import datasets
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
@@ -16,7 +19,7 @@ def blocks(language):
 
 
 def test_library_examples():
-    series, perturbation = blocks("python")
+    series, perturbation, cell_sets = blocks("python")
     names = {}
     exec(series, names)  # the reader's own paste
     assert names["path"].x.shape == (3, *names["x0"].shape)
@@ -24,6 +27,9 @@ def test_library_examples():
     exec(perturbation, names := {})
     assert names["cells"].shape == names["controls"].shape
     assert (names["cells"] >= 0).all()
+    exec(cell_sets, names := {})
+    assert names["sets"].shape == names["x_0"].shape == names["controls"].shape
+    assert (names["sets"] >= 0).all()
 
 
 def commands_of(file):
@@ -63,6 +69,30 @@ def test_commands_on_a_users_screen(tmp_path):
     run_all(commands_of("perturbed.h5ad"), [w for k, v in cut.items() for w in (f"--{k}", str(v))], tmp_path)
     assert (tmp_path / "generated.h5ad").exists()
     assert (tmp_path / "screen.json").exists()
+
+
+def test_commands_on_a_users_sets(tmp_path):
+    """Training, prediction, table; then the same from a run that was pretrained on two files."""
+    cells = tiny_cellsets.make_adata()
+    other = tiny_cellsets.make_adata((*tiny_cellsets.GENES[2:], "extra"), donors=("e1", "e2"))
+    for adata, file in ((cells, "donors.h5ad"), (other, "atlas.h5ad")):
+        adata.X = np.log1p(adata.X).astype(np.float32)
+        adata.write_h5ad(tmp_path / file)
+    first, second = (b for b in blocks("") if "donors.h5ad" in b)
+    cut = {"n-steps": 4, "scan-steps": 2, "checkpoint-every": 4, "optimizer.n-warmup": 0, "sampling.n-cells": 6}
+    cut |= {"model.d-model": 8, "model.n-layers": 1, "model.n-heads": 2, "generation.n-steps": 2}
+    lines = (first + second).replace("\\\n", " ").splitlines()
+    for _, *words in (shlex.split(line) for line in lines):
+        words, to = (words[:-2], words[-1]) if ">" in words else (words, None)
+        if words[0] == "train":
+            words += [w for k, v in cut.items() for w in (f"--{k}", str(v))]
+        done = subprocess.run(
+            [sys.executable, "-m", "scjax", *words], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
+        if to:
+            (tmp_path / to).write_text(done.stdout)
+    assert all((tmp_path / name).exists() for name in ("sets.h5ad", "donors.json", "both.json"))
 
 
 def test_the_two_commands_come_first():

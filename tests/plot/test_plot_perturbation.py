@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from scjax.plot import palette
-from scjax.plot.perturbation import delta_scatter, metric_dots, top_gene_distributions
+from scjax.plot.perturbation import delta_scatter, metric_dots, set_means, top_gene_distributions
 
 GENES = [f"gene{i}" for i in range(40)]
 rgb = plt.matplotlib.colors.to_rgb
@@ -170,3 +170,48 @@ def test_dots_of_a_metric():
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.fixture(scope="module")
+def sets():
+    """Means that vary along two directions of forty, of which the second is the shorter."""
+    rng = np.random.default_rng(1)
+    plane = np.linalg.qr(rng.normal(size=(40, 2)))[0].T
+    return plane, [rng.normal(size=(n, 2)) * [3.0, 0.5] @ plane + n for n in (30, 20, 8)]
+
+
+def test_means_of_sets_keep_their_distances(sets):
+    _, groups = sets
+    (ax,) = set_means({"A (T)": groups}, predicted_name="model")
+    assert ax.get_title(loc="left") == "A (T)"
+    drawn = [scatter(ax, name) for name in ("control", "observed", "model")]
+    assert [len(points) for points in drawn] == [30, 20, 8]
+    for points, means in zip(drawn, groups, strict=True):  # within a group, all variance lies in the plane or across it
+        assert np.linalg.norm(points[0] - points[1]) <= np.linalg.norm(means[0] - means[1]) + 1e-9
+    everything = np.concatenate(groups) - np.concatenate(groups).mean(axis=0)
+    share = np.concatenate(drawn).var(axis=0) / everything.var(axis=0).sum()
+    assert ax.get_xlabel().endswith(f"({100 * share[0]:.0f} %)")
+    assert ax.get_ylabel().endswith(f"({100 * share[1]:.0f} %)")
+    assert share[0] > share[1]
+
+
+def test_the_ellipse_is_two_standard_deviations(sets):
+    plane, _ = sets
+    corners = np.array([[3.0, 0], [-3.0, 0], [0, 1.0], [0, -1.0]]) @ plane
+    (ax,) = set_means({"A": [corners, corners, corners]})
+    (first, *_) = ax.patches
+    sd = np.std([3.0, -3.0, 0, 0], ddof=1), np.std([0, 0, 1.0, -1.0], ddof=1)
+    assert (first.width, first.height) == pytest.approx((4 * sd[0], 4 * sd[1]))
+    assert abs(np.sin(np.deg2rad(first.angle))) < 1e-6, "the long axis is PC 1"
+
+
+def test_set_means_refuse(sets):
+    _, groups = sets
+    with pytest.raises(ValueError, match="populations must hold at least one"):
+        set_means({})
+    with pytest.raises(ValueError, match=r"A, observed: wanted \[sets, genes\].*got \(2, 40\)"):
+        set_means({"A": [groups[0], groups[1][:2], groups[2]]})
+    with pytest.raises(ValueError, match="got 2"):
+        set_means({"A": groups}, axes=list(plt.subplots(1, 2)[1]))
+    with pytest.raises(ValueError, match="A, predicted"):
+        set_means({"A": [groups[0], groups[1], groups[2] * np.nan]})
