@@ -441,8 +441,11 @@ def _transfer(
     # `transfer` compares sizes: those of the parts that are matched by name are the new ones already.
     as_new = replace(before.config, n_spaces=config.n_spaces) if "source" in matched else before.config
     table: list[perturbdiff.Transferred] = []
+    # A run of the same seed began with the draws of this key: what is fresh would repeat them, row for row.
+    stream = int(before.about["run"][:7], 16)
 
     def placed(key: PRNGKeyArray, old: Params) -> Params:
+        key = jax.random.fold_in(key, stream)
         aligned = _aligned(old, perturbdiff.init(key, config), matched)
         params, found = perturbdiff.transfer(
             key, aligned, as_new, config, new_genes=pretrained.new_genes, space=number, fresh=pretrained.fresh
