@@ -14,6 +14,7 @@ from scjax.presets import preset
 __all__ = ["demo"]
 
 _PRESETS = {"scimf": "scimf/klein", "scdfm": "scdfm/norman_subset", "perturbdiff": "perturbdiff/mcfaline"}
+_N_STEPS = {"scdfm": 600}  # of training, where the preset's would take the demo too long
 _WITH, _WITHOUT = "scIMF", "scIMF without interactions"
 _SCDFM = "scDFM"
 _PERTURBDIFF = "PerturbDiff"
@@ -30,7 +31,8 @@ def demo(
     """Trains, predicts what training never saw, compares and draws; returns the folder it wrote.
 
     "scimf": with and without interactions on Klein 2015, the held-out day. "scdfm": on the Norman 2019 subset, the
-    pairs of genes both of which were seen alone. "perturbdiff": on McFaline 2023, kinases in lines that lack them.
+    pairs of genes both of which were seen alone, in half the preset's steps. "perturbdiff": on McFaline 2023, kinases
+    in lines that lack them.
 
     Args:
         n_seeds: trainings of each model; the table shows their spread.
@@ -49,7 +51,9 @@ def demo(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out {out} exists already and is not overwritten; choose a new folder.")
     began = time.perf_counter()
-    experiment = preset(_PRESETS[model]).experiment if experiment is None else experiment
+    if experiment is None:
+        experiment = preset(_PRESETS[model]).experiment
+        experiment = replace(experiment, n_steps=_N_STEPS.get(model, experiment.n_steps))
     show = {"scimf": _time_series, "scdfm": _perturbations, "perturbdiff": _cell_sets}[model](experiment)
     print(show.about)
     print(to_json(experiment), end="")
