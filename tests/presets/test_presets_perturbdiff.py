@@ -11,15 +11,15 @@ import pytest
 from scjax import presets
 from scjax.cli import main
 from scjax.config import to_dict
-from scjax.experiment import read_experiment, train
+from scjax.experiment import cellsets, read_experiment, train
 
 NAMES = [name for name in presets.names() if name.startswith("perturbdiff/")]
 PUBLISHED = [
     f"perturbdiff/{data}_{kind}" for data in ("pbmc", "tahoe100m", "replogle") for kind in ("scratch", "finetune")
 ]
-CONTEXTS = {  # cell types, batches
-    "pbmc": (("B", "T"), ("Donor1", "Donor2")),
-    "tahoe100m": (("CVCL_1097", "CVCL_0001"), ("plate1", "plate2")),
+CONTEXTS = {  # cell types, batches: those that are held out, and one that is not
+    "pbmc": (("B", "T"), ("Donor1", "Donor2", "Donor4", "Donor9", "Donor12")),
+    "tahoe100m": (("CVCL_1097", "CVCL_1285", "CVCL_1098", "CVCL_0334", "CVCL_0480", "other"), ("plate1",)),
     "replogle": (("hepg2", "k562"), (1, 2)),
 }
 GENES = [f"g{i}" for i in range(6)]
@@ -118,23 +118,26 @@ def test_settings_of_the_code(name):
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_presets_run(name, pretrained, tmp_path):
-    """On a tiny file of the columns that they name: what is held out, and what finetuning keeps."""
+def test_published_presets_fit_data_of_their_columns(name, pretrained):
+    """On a tiny file: what is held out, and what finetuning keeps."""
     data, _, kind = name.partition("/")[2].partition("_")
     experiment = tiny(presets.preset(name).experiment)
     if kind == "finetune":
         experiment = replace(experiment, pretrained=replace(experiment.pretrained, run=str(pretrained)))
     adata = cells_of(data, experiment.spec)
-    run = train(experiment, [(data, adata)] if data == "tahoe100m" else adata, tmp_path / "run")
-    split = run.data.split
+    task = cellsets.prepare(experiment, [(data, adata)] if data == "tahoe100m" else adata)
     held_out = {value for (value,) in experiment.split.values}
-    assert {p.condition for p in split.test} == {"P1", "P2"}
-    assert all(held_out & set(p.context.split(" | ")) for p in split.test)
-    assert not any(held_out & set(p.context.split(" | ")) for p in split.train if not p.is_control)
+    assert {p.condition for p in task.split.test} == {"P1", "P2"}
+    assert all(held_out & set(p.context.split(" | ")) for p in task.split.test)
+    assert not any(held_out & set(p.context.split(" | ")) for p in task.split.train if not p.is_control)
+    assert task.data.transform.n_dims == (6 if experiment.spec.expression == "X" else 4)
     if kind == "finetune":
-        assert experiment.pretrained.space == data
-        rows = json.loads(json.dumps(to_dict(run.data.names)))["batch"]
-        assert {str(b) for b in CONTEXTS[data][1]} == set(map(str, rows))
+        found = task.about["pretrained"]
+        became = {name: action for name, _, action in found["arrays"]}
+        assert became["inputs.state"].startswith("kept" if data == "pbmc" else "fresh: new genes")
+        assert all(action.startswith("fresh") for name, action in became.items() if name.startswith("head."))
+        assert all(action.startswith("kept") for name, action in became.items() if name.startswith("layers"))
+        assert found["rows"]["batch"]["kept"] == sorted(map(str, CONTEXTS[data][1])), "by their names within the source"
 
 
 @pytest.mark.parametrize("name", [name for name in PUBLISHED if name.endswith("finetune")])
