@@ -725,7 +725,7 @@ def _plan(
     found, group_of = np.unique(keys, axis=1, return_inverse=True)
     group_of = group_of.reshape(-1)  # NumPy 2.0 alone gives it another axis
     plans: list[_Set] = []
-    for group, n in enumerate(_shares(np.bincount(group_of), generation.n_cells)):
+    for group, n in enumerate(_shares(np.bincount(group_of), generation.n_cells).tolist()):
         rows = np.flatnonzero(group_of == group)
         chosen = _draw(rng, rows, controls.kind[rows], n)
         for part in np.array_split(chosen, -(-n // generation.set_size)) if n else ():

@@ -130,11 +130,11 @@ def test_finetuning_with_new_genes_and_fresh_parts(cellset_run, cellset_trained)
             prepare(finetuned(cellset_run.workdir, **fields), others)
 
 
-def test_finetuning_refuses(cellset_run, perturbation_run, tmp_path):
+def test_finetuning_refuses(cellset_run, tiny_run, tmp_path):
     adata = make_adata()
     for fields, message in (
         ({"run": str(tmp_path / "none")}, r"pretrained.run=.*none'"),
-        ({"run": str(perturbation_run.workdir)}, "must be a run of PerturbDiff; it is one of scdfm"),
+        ({"run": str(tiny_run.workdir)}, "must be a run of PerturbDiff; it is one of scimf"),
         ({"run": str(cellset_run.workdir), "step": 7}, "step must be one of 10, 20"),
         ({"run": str(cellset_run.workdir), "space": "pbmc"}, "pretrained.space must be one of ''; got 'pbmc'"),
     ):

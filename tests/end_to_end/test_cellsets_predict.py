@@ -224,7 +224,6 @@ def test_observed_cells(cellset_trained, cellset_run):
         (["A"], {"n_cells": 0}, "n_cells must be at least 1; got 0"),
         (["A"], {"set_size": 0}, "set_size must be at least 1; got 0"),
         (["A"], {"n_steps": 31}, "generation.n_steps must be at most model.n_times=30; got 31"),
-        (["A"], {"sampler": "ddmp"}, "sampler must be one of 'ddim', 'ddpm'; got 'ddmp'. Did you mean 'ddpm'"),
         (["A"], {"sampler": "ddpm", "eta": 0.5}, "eta is of sampler='ddim' and does nothing with 'ddpm'"),
         (["A"], {"eta": 2.0}, r"eta must lie in \[0, 1\]; got 2.0"),
         (["A"], {"guidence": 1.0}, "the name of an option must be one of .*; got 'guidence'. Did you mean 'guidance'"),
