@@ -136,7 +136,7 @@ def test_published_presets_fit_data_of_their_columns(name, pretrained):
         became = {name: action for name, _, action in found["arrays"]}
         assert became["inputs.state"].startswith("kept" if data == "pbmc" else "fresh: new genes")
         assert all(action.startswith("fresh") for name, action in became.items() if name.startswith("head."))
-        assert all(action.startswith("kept") for name, action in became.items() if name.startswith("layers"))
+        assert all(action.startswith("kept") for name, action in became.items() if name.startswith("layer_"))
         assert found["rows"]["batch"]["kept"] == sorted(map(str, CONTEXTS[data][1])), "by their names within the source"
 
 
