@@ -35,7 +35,7 @@ def cells_of(data, spec):
     x = rng.exponential(size=(len(rows), 6)).astype(np.float32)
     adata = anndata.AnnData(x, obs=obs, var=pd.DataFrame(index=GENES))
     adata.obsm["X_hvg"] = pd.DataFrame(x[:, :4], index=obs.index, columns=GENES[:4])
-    vectors = lambda names: {name: rng.normal(size=3) for name in names}  # noqa: E731
+    vectors = lambda names: {name: np.random.default_rng(list(name.encode())).normal(size=3) for name in names}  # noqa: E731
     every_type = sorted({c for types, _ in CONTEXTS.values() for c in types})
     adata.uns["cell_type_vectors"] = vectors(every_type)
     if spec.vectors is not None:
