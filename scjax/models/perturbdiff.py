@@ -676,8 +676,8 @@ def sample(
 ) -> Float[Array, "sets cells genes"] | Path:
     """Sets of cells of the populations that these covariates and controls describe, in log-normalised expression.
 
-    Each step predicts x_0, with its previous prediction in view, and goes on to the x_t of less noise that belongs to
-    it. Both branches of guidance are one call of the network.
+    Each step predicts x_0, with its previous prediction in view (if config.self_conditioning is above 0), and goes on
+    to the x_t of less noise that belongs to it. Both branches of guidance are one call of the network.
 
     Args:
         control: as many control cells as cells are wanted, in log-normalised expression.
@@ -725,7 +725,9 @@ def sample(
             z = set_noise(key, x.shape, config.shared_noise, x.dtype)
         time = _apply(params, "time", config, jnp.asarray(chain.times)[index][None])
         modulations = _modulations(params, time, e, config)
-        tokens = _of_state(params, x, view, config) + _of_previous(params, x0, view, config)
+        tokens = _of_state(params, x, view, config)
+        if config.self_conditioning > 0:  # without it, nothing has learned to read a guess
+            tokens = tokens + _of_previous(params, x0, view, config)
         if guided:
             conditional, without = jnp.split(
                 _predict(params, jnp.concatenate([tokens, tokens]), modulations, both, config), 2
