@@ -197,7 +197,8 @@ PERTURBDIFF = Row(
         n_layers=2,
         n_heads=2,
         d_covariate=4,
-        control_dropout=0.1,
+        condition_dropout=0.22,  # with the battery's key two of the four sets are hidden
+        control_dropout=0.3,  # and the controls of one
         denoising_weight=0.7,
         energy_weight=0.9,
         divisor=2.0,
@@ -230,7 +231,7 @@ PERTURBDIFF = Row(
         "class_silu": True,
         "schedule": "cosine",
         "n_times": 100,
-        "condition_dropout": 0.2,
+        "condition_dropout": 0.5,
         "control_dropout": 0.2,
         "self_conditioning": 0.25,
         "drop_per": "batch",
