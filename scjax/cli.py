@@ -33,12 +33,12 @@ class Demo:
 
     Attributes:
         model: scimf, a time series without one time point; scdfm, genes activated alone and in pairs, without the pairs
-            both of whose genes were seen alone.
+            both of whose genes were seen alone; perturbdiff, kinases silenced in three lines, some of them not in each.
         seeds: trainings with different seeds; the table then shows their spread.
         out: a new folder for all that is written; if left out, the first free one of scjax-demo, scjax-demo-2, ...
     """
 
-    model: Annotated[Literal["scimf", "scdfm"], tyro.conf.Positional] = "scimf"
+    model: Annotated[Literal["scimf", "scdfm", "perturbdiff"], tyro.conf.Positional] = "scimf"
     seeds: int = 1
     out: Path | None = None
 
