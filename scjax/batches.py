@@ -59,7 +59,8 @@ class CellSetBatch:
 
     Attributes:
         cells: float[sets, cells, genes], log-normalised.
-        control: float[sets, cells, genes], control cells of the same context; row j has no relation to row j of `cells`.
+        control: float[sets, cells, genes], control cells of the same context; row j has no relation to row j of
+            `cells`.
         covariates: ids by name ("perturbation", "cell_type", "batch", "dose"): int[sets] where it is one for the whole
             set, int[sets, cells] where it changes from cell to cell. 0 is the control's perturbation.
         mask: bool[sets, cells], True for a cell of the data, False for filler that repeats one.
