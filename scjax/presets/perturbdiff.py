@@ -179,8 +179,9 @@ _KANG = replace(
     split=LeaveOut(covariate="cell_type", value="CD4 T cells"),
     preprocess=_AS_GIVEN,
     sampling=replace(_SHIPPED.sampling, group_by=("perturbation", "cell_type")),
-    generation=SetGenerationConfig(n_cells=128, n_steps=20, guidance=1.5),
-    n_steps=1200,
+    generation=SetGenerationConfig(n_cells=128, n_steps=20, guidance=1.0),
+    optimizer=replace(_SHIPPED.optimizer, weight_decay=0.3),
+    n_steps=2000,
 )
 
 _PBMC_DATA = "Blood cells of 12 donors under 90 cytokines, 9.7 million (Parse)"
