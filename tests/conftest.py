@@ -1,5 +1,6 @@
 """Settings of the whole suite: a persistent compile cache, strict shapes, and where the recorded numbers lie."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -13,6 +14,18 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+_MANY_MAPPINGS = 20_000  # of memory; Linux allows a process 65,530
+
+
+def pytest_runtest_teardown(item, nextitem):
+    """Compiled programs are let go between files once there are many: each keeps mappings, and XLA crashes at the limit."""
+    mappings = Path("/proc/self/maps")
+    if nextitem is not None and nextitem.path != item.path and mappings.exists():
+        if mappings.read_bytes().count(b"\n") > _MANY_MAPPINGS:
+            jax.clear_caches()
+            gc.collect()
 
 
 @pytest.fixture
