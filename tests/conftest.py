@@ -20,7 +20,7 @@ _MANY_MAPPINGS = 20_000  # of memory; Linux allows a process 65,530
 
 
 def pytest_runtest_teardown(item, nextitem):
-    """Compiled programs are let go between files once there are many: each keeps mappings, and XLA crashes at the limit."""
+    """Compiled programs are let go between files once there are many: each keeps mappings; at the limit XLA crashes."""
     mappings = Path("/proc/self/maps")
     if nextitem is not None and nextitem.path != item.path and mappings.exists():
         if mappings.read_bytes().count(b"\n") > _MANY_MAPPINGS:
