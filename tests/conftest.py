@@ -16,14 +16,15 @@ import pytest  # noqa: E402
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-_MANY_MAPPINGS = 20_000  # of memory; Linux allows a process 65,530
+_MAPPINGS_OF_FILES, _MAPPINGS_OF_TESTS = 5_000, 40_000  # of memory; Linux allows a process 65,530
 
 
 def pytest_runtest_teardown(item, nextitem):
-    """Compiled programs are let go between files once there are many: each keeps mappings; at the limit XLA crashes."""
+    """Compiled programs are let go when there are many: each keeps mappings of memory; at the limit XLA crashes."""
     mappings = Path("/proc/self/maps")
-    if nextitem is not None and nextitem.path != item.path and mappings.exists():
-        if mappings.read_bytes().count(b"\n") > _MANY_MAPPINGS:
+    if nextitem is not None and mappings.exists():
+        limit = _MAPPINGS_OF_TESTS if nextitem.path == item.path else _MAPPINGS_OF_FILES
+        if mappings.read_bytes().count(b"\n") > limit:
             jax.clear_caches()
             gc.collect()
 
