@@ -394,13 +394,16 @@ def close_named(state, config, tree, reference, what, tolerance):
 def close_gradients(state, config, grads, names, norms, tensors, lambda_rtol=1e-4):
     """Norms of all gradients, and some gradients whole, by the README's rules."""
     found = norms_by_name(state, config, grads)
+
+    def rtol(name):
+        return lambda_rtol if ".lambda_" in name else 1e-4
+
     for name, norm in zip(map(str, names), norms, strict=True):
         if norm == -1:
             assert found[name] in (-1.0, 0.0), f"{name} has a gradient"
         elif not name.endswith("in_proj_bias"):
-            rtol = lambda_rtol if ".lambda_" in name else 1e-4
-            np.testing.assert_allclose(found[name], norm, rtol=rtol, atol=1e-9, err_msg=name)
-    close_named(state, config, grads, tensors, "gradients", lambda _, g: 1e-4 * np.abs(g).max())
+            np.testing.assert_allclose(found[name], norm, rtol=rtol(name), atol=1e-9, err_msg=name)
+    close_named(state, config, grads, tensors, "gradients", lambda name, g: rtol(name) * np.abs(g).max())
 
 
 @each("train_step_")
