@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,6 +30,16 @@ def absence(model: str) -> str:
     if folder.is_dir():
         return ""
     return f"the recorded numbers of the reference are not at hand: no folder {folder} (set SCJAX_GOLDENS)"
+
+
+def or_absent(model: str, kind: str, found: list[str]) -> list[Any]:
+    """These cases, or one that says why there is none.
+
+    The recordings lie beside the checkout and are no part of it: elsewhere there is nothing to compare with, and a
+    folder may hold some kinds only. A file that no test knows is the business of the kind "unknown".
+    """
+    why = absence(model) or f"the recordings hold no file of the kind {kind}*"
+    return found or [pytest.param(None, marks=pytest.mark.skip(reason=why), id="none")]
 
 
 def require(model: str) -> None:

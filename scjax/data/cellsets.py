@@ -4,17 +4,18 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from scjax.check import at_least, one_of, suggestion
 from scjax.data.conditions import CONTROL, dose_of
-from scjax.data.preprocess import Preprocess, Transform, fit
+from scjax.data.expression import check_steps, fit_expression
+from scjax.data.preprocess import Preprocess, Transform
 from scjax.data.sampling import CovariateRole
 from scjax.data.source import SOURCE, Absent, as_joined, join, open_source
-from scjax.data.spec import AnnData, DataSpec, expression_matrix, feature_names
+from scjax.data.spec import AnnData, DataSpec, feature_names
 from scjax.data.splits import (
     HoldOutContexts,
     HoldOutCrossed,
@@ -38,7 +39,6 @@ __all__ = [
 Part: TypeAlias = Literal["train", "validation", "test"]
 Unmatched: TypeAlias = Literal["fallback", "error"]
 
-_CHUNK = 4096  # cells that are transformed together
 _ROLES: tuple[CovariateRole, ...] = ("perturbation", "cell_type", "batch")
 _SHARED = 3  # the part of a control cell that all parts may use
 _JOIN_CONTEXT = " | "
@@ -308,7 +308,7 @@ def prepare_cell_sets(
         ValueError: all that `spec.check`, `join`, `split_populations` and `preprocess.fit` find; a scaling or a PCA;
             cells without any possible control.
     """
-    _check_steps(preprocess)
+    check_steps(preprocess, "cell set models")
     one_of("unmatched", unmatched, get_args(Unmatched))
     if control_seed is not None:
         at_least("control_seed", control_seed, 0)
@@ -336,20 +336,9 @@ def prepare_cell_sets(
     if control_seed is not None:
         part = _divided(part, split, populations, population_of, spec.covariates, control_seed)
 
-    source = open_source(adata, spec)
     train_rows = np.flatnonzero(np.isin(part, (0, _SHARED)))
-    transform = fit(
-        preprocess,
-        _matrix(adata, spec, train_rows),
-        source.feature_names,
-        spec.space,
-        x_all=_matrix(adata, spec, np.arange(source.n_cells)) if preprocess.select_on == "all" else None,
-    )
-    x = np.empty((source.n_cells, transform.n_dims), np.float32)
-    for start in range(0, source.n_cells, _CHUNK):
-        chunk = np.arange(start, min(start + _CHUNK, source.n_cells))
-        x[chunk] = transform.apply(source.rows(chunk), source.feature_names)
-    kept = {name: i for i, name in enumerate(source.feature_names)}
+    transform, x = fit_expression(adata, spec, preprocess, train_rows)
+    kept = {name: i for i, name in enumerate(feature_names(adata, spec))}
     columns = [kept[name] for name in transform.feature_names]
 
     pools, counts = None, {}
@@ -453,24 +442,6 @@ def read_control_cells(
         x = transform.apply(matrix.rows(np.arange(matrix.n_cells)), matrix.feature_names)
         found[context] = ControlCells(x, cells.obs_names.to_numpy(), own)
     return found
-
-
-def _check_steps(preprocess: Preprocess) -> None:
-    wrong = {"scale": (preprocess.scale, False), "n_components": (preprocess.n_components is not None, None)}
-    given = [f"{name}={getattr(preprocess, name)!r}" for name, (bad, _) in wrong.items() if bad]
-    if given:
-        mend = ", ".join(f"{name}={value}" for name, (bad, value) in wrong.items() if bad)
-        raise ValueError(
-            f"Preprocess has {', '.join(given)}, but cell set models work on the expression of genes; set {mend}."
-        )
-
-
-def _matrix(adata: AnnData, spec: DataSpec, rows: np.ndarray) -> Any:
-    """These cells as they lie in `adata`: a sparse matrix of all genes stays sparse."""
-    from scipy import sparse
-
-    matrix = expression_matrix(adata, spec)
-    return matrix.tocsr()[rows] if sparse.issparse(matrix) else open_source(adata, spec).rows(rows)
 
 
 def _covariates(

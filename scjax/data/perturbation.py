@@ -1,24 +1,21 @@
 """Perturbation data ready for a model: every cell in the model's space, by population, under a split."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from scjax.check import suggestion
 from scjax.data.conditions import CONTROL, trained_names
+from scjax.data.expression import check_steps, fit_expression
 from scjax.data.graph import GraphRule, coexpression, neighbour_table
-from scjax.data.preprocess import Preprocess, Transform, fit
-from scjax.data.source import open_source
-from scjax.data.spec import AnnData, DataSpec, expression_matrix
+from scjax.data.preprocess import Preprocess, Transform
+from scjax.data.spec import AnnData, DataSpec, feature_names
 from scjax.data.splits import PerturbationSplit, PerturbationSplitRule, split_populations
 from scjax.data.vocabulary import Vocabulary
 from scjax.types import Population
 
 __all__ = ["PerturbationData", "prepare_perturbation", "unseen_axis"]
-
-_CHUNK = 4096  # cells that are read together
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -92,29 +89,17 @@ def prepare_perturbation(
     Raises:
         ValueError: all that `spec.check`, `split_populations` and `preprocess.fit` find; a scaling or a PCA.
     """
-    _check_steps(preprocess)
+    check_steps(preprocess, "perturbation models")
     spec.check(adata)
     populations, population_of = spec.read_populations(adata)
     split = split_populations(rule, populations, spec.covariates, written=spec.read_spellings(adata))
     rows = tuple(np.flatnonzero(population_of == i) for i in range(len(populations)))
     train_rows = np.flatnonzero(np.isin(population_of, [populations.index(p) for p in split.train]))
 
-    source = open_source(adata, spec)
+    measured = set(feature_names(adata, spec))
     names = trained_names(populations)  # of all populations: a name tells nothing about its cells
-    forced = tuple(name for name in names if name in set(source.feature_names)) if force_perturbed else ()
-    transform = fit(
-        preprocess,
-        _matrix(adata, spec, train_rows),
-        source.feature_names,
-        spec.space,
-        forced=forced,
-        x_all=_matrix(adata, spec, np.arange(source.n_cells)) if preprocess.select_on == "all" else None,
-    )
-    x = np.empty((source.n_cells, transform.n_dims), np.float32)
-    for start in range(0, source.n_cells, _CHUNK):
-        chunk = np.arange(start, min(start + _CHUNK, source.n_cells))
-        x[chunk] = transform.apply(source.rows(chunk), source.feature_names)
-
+    forced = tuple(name for name in names if name in measured) if force_perturbed else ()
+    transform, x = fit_expression(adata, spec, preprocess, train_rows, forced=forced)
     vocabulary = Vocabulary.of(transform.feature_names, names)
     allowed = coexpression(x[train_rows], graph or GraphRule())
     return PerturbationData(
@@ -147,24 +132,6 @@ def unseen_axis(population: Population, split: PerturbationSplit) -> str:
     if population.context not in {p.context for p in perturbed}:
         new.append("context")
     return " and ".join(new) or "pair"
-
-
-def _check_steps(preprocess: Preprocess) -> None:
-    wrong = {"scale": (preprocess.scale, False), "n_components": (preprocess.n_components is not None, None)}
-    given = [f"{name}={getattr(preprocess, name)!r}" for name, (bad, _) in wrong.items() if bad]
-    if given:
-        mend = ", ".join(f"{name}={value}" for name, (bad, value) in wrong.items() if bad)
-        raise ValueError(
-            f"Preprocess has {', '.join(given)}, but perturbation models work on the expression of genes; set {mend}."
-        )
-
-
-def _matrix(adata: AnnData, spec: DataSpec, rows: np.ndarray) -> Any:
-    """These cells as they lie in `adata`: a sparse matrix of all genes stays sparse."""
-    from scipy import sparse
-
-    matrix = expression_matrix(adata, spec)
-    return matrix.tocsr()[rows] if sparse.issparse(matrix) else open_source(adata, spec).rows(rows)
 
 
 def _vector_table(spec: DataSpec, adata: AnnData, vocabulary: Vocabulary) -> np.ndarray | None:

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from scjax.check import increasing, one_of
+from scjax.data.expression import transform_all
 from scjax.data.preprocess import Preprocess, Transform, fit
 from scjax.data.source import open_source
 from scjax.data.spec import AnnData, DataSpec
@@ -16,8 +17,6 @@ from scjax.data.splits import TimeSplit, TimeSplitRule, split_times
 __all__ = ["TimeScale", "TimeSeriesData", "prepare_time_series", "solver_times"]
 
 TimeScale: TypeAlias = Literal["real", "index"]
-
-_CHUNK = 4096  # cells that are read together
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -99,11 +98,7 @@ def prepare_time_series(
     source = open_source(adata, spec)
     train_rows = np.flatnonzero(np.isin(time, split.train))
     transform = fit(preprocess, source.rows(train_rows), source.feature_names, spec.space)
-
-    latent = np.empty((source.n_cells, transform.n_dims), np.float32)
-    for start in range(0, source.n_cells, _CHUNK):
-        chunk = np.arange(start, min(start + _CHUNK, source.n_cells))
-        latent[chunk] = transform.apply(source.rows(chunk), source.feature_names)
+    latent = transform_all(source, transform)
 
     cell_type, cell_types = _cell_types(adata, spec)
     return TimeSeriesData(

@@ -18,11 +18,11 @@ from scjax.config import from_dict
 from scjax.data.cellsets import CovariateNames, read_control_cells
 from scjax.data.conditions import CONTROL, OnUnknown, resolve_unknown
 from scjax.data.preprocess import Transform
-from scjax.data.source import as_joined, join, open_source
+from scjax.data.source import as_joined, join
 from scjax.data.spec import AnnData, DataSpec
 from scjax.data.splits import PerturbationSplit
 from scjax.models import perturbdiff
-from scjax.predict.populations import asked_conditions, brought_vectors, number_of
+from scjax.predict.populations import asked_conditions, brought_vectors, cells_of, number_of
 from scjax.predict.record import predicting_params, record
 from scjax.processes.diffusion import Spacing, Variance
 from scjax.types import Params, Population
@@ -242,15 +242,7 @@ def observed_cells(
     if isinstance(adata, Sequence):
         adata = join(adata, trained.spec, absent=trained.about["experiment"]["absent"]).adata
     trained.spec.check(adata, min_cells=1, every_context=False)
-    known, population_of = trained.spec.read_populations(adata)
-    source = open_source(adata, trained.spec)
-    found = {}
-    for population in populations:
-        if population not in known:
-            raise ValueError(f"adata has no cells of {population}.{suggestion(population, known)}")
-        rows = source.rows(np.flatnonzero(population_of == known.index(population)))
-        found[population] = trained.transform.apply(rows, source.feature_names)
-    return found
+    return cells_of(trained, adata, populations)
 
 
 def generate(

@@ -22,7 +22,7 @@ from scjax.data.spec import AnnData, DataSpec
 from scjax.data.splits import PerturbationSplit
 from scjax.data.vocabulary import Vocabulary
 from scjax.models import scdfm
-from scjax.predict.populations import asked_conditions, brought_vectors, number_of
+from scjax.predict.populations import asked_conditions, brought_vectors, cells_of, number_of
 from scjax.predict.record import predicting_params, record
 from scjax.processes.flow import Solver
 from scjax.types import Params, Population
@@ -178,15 +178,7 @@ def observed_cells(
         ValueError: what `DataSpec.check` finds, a population without cells.
     """
     trained.spec.check(adata, min_cells=1)
-    known, population_of = trained.spec.read_populations(adata)
-    source = open_source(adata, trained.spec)
-    found = {}
-    for population in populations:
-        if population not in known:
-            raise ValueError(f"adata has no cells of {population}.{suggestion(population, known)}")
-        rows = source.rows(np.flatnonzero(population_of == known.index(population)))
-        found[population] = trained.transform.apply(rows, source.feature_names)
-    return found
+    return cells_of(trained, adata, populations)
 
 
 def generate(

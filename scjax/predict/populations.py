@@ -11,10 +11,11 @@ from jaxtyping import Float
 
 from scjax.check import column, suggestion
 from scjax.config import from_dict
+from scjax.data.source import open_source
 from scjax.data.spec import AnnData, DataSpec
 from scjax.types import Population
 
-__all__ = ["asked_conditions", "brought_vectors", "generation_of", "number_of", "predicted_cells"]
+__all__ = ["asked_conditions", "brought_vectors", "cells_of", "generation_of", "number_of", "predicted_cells"]
 
 
 def asked_conditions(spec: DataSpec, conditions: Iterable[str]) -> list[tuple[str, ...]]:
@@ -41,6 +42,25 @@ def asked_conditions(spec: DataSpec, conditions: Iterable[str]) -> list[tuple[st
 def brought_vectors(spec: DataSpec, adata: AnnData) -> dict[str, Any]:
     """Those of `adata`, where it brings any: a prediction needs them for new names only."""
     return spec.read_vectors(adata) if spec.vectors is not None and spec.vectors in adata.uns else {}
+
+
+def cells_of(
+    trained: Any, adata: AnnData, populations: Iterable[Population]
+) -> dict[Population, Float[np.ndarray, "_cells genes"]]:
+    """All cells of these populations in the model's space. `spec.check(adata)` is the caller's.
+
+    Raises:
+        ValueError: a population without cells.
+    """
+    known, population_of = trained.spec.read_populations(adata)
+    source = open_source(adata, trained.spec)
+    found = {}
+    for population in populations:
+        if population not in known:
+            raise ValueError(f"adata has no cells of {population}.{suggestion(population, known)}")
+        rows = source.rows(np.flatnonzero(population_of == known.index(population)))
+        found[population] = trained.transform.apply(rows, source.feature_names)
+    return found
 
 
 def number_of(population: Population) -> int:

@@ -25,8 +25,7 @@ LOSSES = ("plain", "selfcond", "dropcond", "dropcond_selfcond", "dropcontrol")
 
 
 def each(kind):
-    skip = pytest.mark.skip(reason=goldens.absence("perturbdiff") or f"the recordings hold no file {kind}*")
-    return pytest.mark.parametrize("case", CASES[kind] or [pytest.param(None, marks=skip, id="none")])
+    return pytest.mark.parametrize("case", goldens.or_absent("perturbdiff", kind, CASES[kind]))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -125,6 +124,7 @@ def test_block(case, recorded):
 def test_backbone(case, recorded):
     arrays = recorded(case)
     if str(arrays["separate_embedder"]) != "False":
+        # Not an unfinished check: the peer is there to be timed, and several projections would be timed as one.
         pytest.skip("the peer has one input projection; those of several data sets cost the same")
     network, given = load_weights(backbone_of(arrays), arrays), tensors(arrays)
     x, control, t = given["x_in"], given["control_in"], given["t"]
@@ -296,6 +296,7 @@ def test_the_learning_rate_of_the_published_runs(case, recorded):
 def test_reverse_steps(case, recorded):
     arrays = recorded(case)
     if str(arrays["schedule"]) != "linear":
+        # A schedule is a table that costs nothing; the published runs, for whose time the peer stands, have this one.
         pytest.skip("the peer has the linear schedule only")
     model, diffusion, given = model_of(arrays), peer.linear_diffusion(int(arrays["steps"])), tensors(arrays)
     condition = model.cov_encoder(*(given[name] for name in COVARIATES)).detach()

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from goldens import absence, cases, load, require, under
+from goldens import cases, load, or_absent, require, under
 
 from scjax.batches import CellSetBatch
 from scjax.convert import perturbdiff as convert
@@ -31,8 +31,7 @@ CASES = cases("perturbdiff", KINDS + ELSEWHERE)
 
 
 def each(kind):
-    skip = pytest.mark.skip(reason=absence("perturbdiff") or f"the recordings hold no file of the kind {kind}*")
-    return pytest.mark.parametrize("case", CASES[kind] or [pytest.param(None, marks=skip, id="none")])
+    return pytest.mark.parametrize("case", or_absent("perturbdiff", kind, CASES[kind]))
 
 
 @pytest.fixture(autouse=True)

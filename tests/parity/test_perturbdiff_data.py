@@ -9,7 +9,7 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
-from goldens import absence, cases, load, require
+from goldens import cases, load, or_absent, require
 
 from scjax.data.cellsets import prepare_cell_sets
 from scjax.data.preprocess import Preprocess
@@ -28,7 +28,7 @@ def _at_hand():
     require("perturbdiff")
 
 
-@pytest.fixture(params=CASES or [pytest.param(None, marks=pytest.mark.skip(absence("perturbdiff") or "no file"))])
+@pytest.fixture(params=or_absent("perturbdiff", "datasets", CASES))
 def golden(request):
     return load("perturbdiff", request.param)
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from goldens import absence, cases, load, require
+from goldens import cases, load, or_absent, require
 
 from scjax.kernels import embedding_inner_product, negative_distance
 from scjax.losses import energy_distance, mmd, mmd2
@@ -23,8 +23,7 @@ EPS = np.finfo(np.float32).eps
 
 
 def each(kind):
-    skip = pytest.mark.skip(reason=absence("perturbdiff") or f"the recordings hold no file of the kind {kind}*")
-    return pytest.mark.parametrize("case", CASES[kind] or [pytest.param(None, marks=skip, id="none")])
+    return pytest.mark.parametrize("case", or_absent("perturbdiff", kind, CASES[kind]))
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from goldens import absence, cases, load, require, under
+from goldens import cases, load, or_absent, require, under
 
 from scjax.batches import PairedBatch
 from scjax.convert.scdfm import Reader, config_from_torch, params_from_torch
@@ -50,8 +50,7 @@ BLOCK = {"atol": 3e-6, "rtol": 1e-5}
 
 
 def each(kind):
-    skip = pytest.mark.skip(reason=absence("scdfm") or f"the recordings hold no file of the kind {kind}*")
-    return pytest.mark.parametrize("case", CASES[kind] or [pytest.param(None, marks=skip, id="none")])
+    return pytest.mark.parametrize("case", or_absent("scdfm", kind, CASES[kind]))
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ import json
 
 import numpy as np
 import pytest
-from goldens import absence, cases, load, require
+from goldens import cases, load, or_absent, require
 
 from scjax.data.graph import GraphRule, coexpression, neighbour_table
 from scjax.data.preprocess import Preprocess, fit
@@ -27,8 +27,7 @@ RULES = {
 
 
 def each(kind):
-    skip = pytest.mark.skip(reason=absence("scdfm") or f"the recordings hold no file of the kind {kind}*")
-    return pytest.mark.parametrize("case", CASES[kind] or [pytest.param(None, marks=skip, id="none")])
+    return pytest.mark.parametrize("case", or_absent("scdfm", kind, CASES[kind]))
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from goldens import absence, cases, load, require, under
+from goldens import cases, load, or_absent, require, under
 
 from scjax.batches import TimeSeriesBatch
 from scjax.convert.scimf import config_from_torch, params_from_torch
@@ -26,8 +26,7 @@ PRECISIONS = ("float64", "float32")
 
 
 def each(kind):
-    skip = pytest.mark.skip(reason=absence("scimf") or f"the recordings hold no file of the kind {kind}*")
-    return pytest.mark.parametrize("case", CASES[kind] or [pytest.param(None, marks=skip, id="none")])
+    return pytest.mark.parametrize("case", or_absent("scimf", kind, CASES[kind]))
 
 
 @pytest.fixture(autouse=True)
