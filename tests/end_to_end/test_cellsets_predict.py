@@ -11,8 +11,10 @@ import pandas as pd
 import pytest
 from tiny_cellsets import EXPERIMENT, GENES, make_adata
 
+from scjax.data.splits import HoldOutCrossed
+from scjax.experiment import train
 from scjax.models import perturbdiff
-from scjax.predict import SetGenerationConfig, cellsets, predict
+from scjax.predict import SetGenerationConfig, cellsets, load, predict
 from scjax.predict.cellsets import generate, observed_cells, read_sources
 from scjax.types import Population
 
@@ -205,6 +207,93 @@ def test_observed_cells(cellset_trained, cellset_run):
     np.testing.assert_array_equal(found, cellset_run.data.cells(population))
     with pytest.raises(ValueError, match="adata has no cells of C"):
         observed_cells(cellset_trained, make_adata(), [Population(("C",), "NK | d3")])
+
+
+# -- doses, and perturbations that the user brings vectors of
+
+
+def with_doses():
+    adata = make_adata()
+    adata.obs["dose"] = np.where(adata.obs["drug"] == "A", np.where(np.arange(adata.n_obs) % 2, 1.0, 10.0), 2.0)
+    return adata
+
+
+@pytest.fixture(scope="module")
+def by_dose(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("doses") / "run"
+    experiment = replace(
+        EXPERIMENT,
+        spec=replace(EXPERIMENT.spec, dose="dose"),
+        model=replace(EXPERIMENT.model, n_doses=4),
+        split=HoldOutCrossed(covariates=("donor",), values=(("d3",),), conditions=("A@10",)),
+    )
+    train(experiment, with_doses(), folder)
+    return load(folder)
+
+
+def test_doses(by_dose):
+    settings = {"contexts": ["T | d1"], "seed": 2}
+    found = predict(by_dose, with_doses(), ["A@10", "A@1.0", "B@2"], **settings)
+    of = {name: cells.X for name, cells in ((n, found[found.obs["condition"] == n]) for n in ("A@10", "A@1", "B@2"))}
+    assert {len(cells) for cells in of.values()} == {10}
+    near = predict(by_dose, with_doses(), ["A@8"], on_unknown="nearest", **settings)
+    assert json.loads(near.uns["scjax"]["replaced"]) == {"A@8": "A@10"}
+    # The rank of the dose is a covariate of its own: exchanging two rows of its table changes what comes out.
+    (name,) = [name for name in by_dose.params["covariates"] if "dose" in name]
+    table = by_dose.params["covariates"][name]
+    swapped = jax.tree.map(lambda leaf: leaf[jnp.array([0, 3, 2, 1])] if leaf.shape[0] == 4 else leaf, table)
+    other = by_dose._replace(params={**by_dose.params, "covariates": {**by_dose.params["covariates"], name: swapped}})
+    changed = predict(other, with_doses(), ["A@10", "B@2"], **settings)
+    assert np.abs(changed[changed.obs["condition"] == "A@10"].X - of["A@10"]).max() > 1e-4
+    np.testing.assert_allclose(changed[changed.obs["condition"] == "B@2"].X, of["B@2"], atol=1e-4)
+    for condition, message in [
+        ("A", "'A' has no dose; write 'name@dose'"),
+        ("A@-1", "'A@-1' has no dose"),
+        ("A@8", "perturbation 'A@8' is not known to the model"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            predict(by_dose, with_doses(), [condition], **settings)
+
+
+def with_vectors(*names):
+    adata = make_adata()
+    rng = np.random.default_rng(0)
+    vectors = {name: rng.normal(size=3).astype(np.float32) for name in ("A", "B", "new")}
+    vectors["near"] = vectors["B"] + np.float32(0.01)
+    adata.uns["embedding"] = {name: vectors[name] for name in names}
+    return adata
+
+
+@pytest.fixture(scope="module")
+def by_vectors(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vectors") / "run"
+    experiment = replace(
+        EXPERIMENT,
+        spec=replace(EXPERIMENT.spec, vectors="embedding"),
+        model=replace(EXPERIMENT.model, perturbation="vector"),
+    )
+    train(experiment, with_vectors("A", "B"), folder)
+    return load(folder)
+
+
+def test_a_vector_is_all_that_a_new_perturbation_needs(by_vectors):
+    settings = {"contexts": ["T | d1"], "seed": 2}
+    assert by_vectors.config.n_perturbation_features == 3
+    everything = with_vectors("A", "B", "new", "near")
+    found = predict(by_vectors, everything, ["new", "A+B"], **settings)
+    assert json.loads(found.uns["scjax"]["replaced"]) == {}
+    assert np.isfinite(found.X).all()
+    # A pair without a vector of its own has the mean of its parts' vectors.
+    pair = with_vectors("A", "B")
+    pair.uns["embedding"] = {"A+B": (pair.uns["embedding"]["A"] + pair.uns["embedding"]["B"]) / 2}
+    named = predict(by_vectors, pair, ["A+B"], **settings)
+    np.testing.assert_allclose(named.X, found[found.obs["condition"] == "A+B"].X, atol=1e-4)
+    with pytest.raises(ValueError, match="perturbation 'new' is not known to the model"):
+        predict(by_vectors, make_adata(), ["new"], **settings)
+    wide = make_adata()
+    wide.uns["embedding"] = {"new": np.ones(5, np.float32)}
+    with pytest.raises(ValueError, match="the vector of 'new' must have the 3 features of training"):
+        predict(by_vectors, wide, ["new"], **settings)
 
 
 # -- bad input
