@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument(
         "--shared-noise", type=float, default=0.0, help="correlation of the noise of two cells of a set"
     )
+    parser.add_argument("--energy-weight", type=float, default=0.0, help="of the loss; above 0 it draws sets together")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save", action=argparse.BooleanOptionalAction, default=True, help="append to results/")
     args = parser.parse_args()
@@ -107,6 +108,7 @@ def train(world: VaryingMixtures, args: argparse.Namespace):
         d_model=64,
         n_layers=3,
         n_heads=4,
+        energy_weight=args.energy_weight,
         shared_noise=args.shared_noise,
         divisor=DIVISOR,
     )
