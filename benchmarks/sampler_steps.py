@@ -26,18 +26,17 @@ from scjax.data.synthetic import VaryingMixtures
 
 STEPS = (10, 20, 50, 100, 1000)
 SETS_PER_BATCH = 16
-DIVISOR = 2.0  # expression units per unit of the model, in which cells then scatter by about 1, as the noise does
+WORLD = VaryingMixtures(n_genes=3)
 FEW = 4096  # cells of an energy distance: all pairs are held
 COLUMNS = ("energy", "set means", "shifts", "shares", "mean share")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--n-train", type=int, default=3000, help="training steps")
-    parser.add_argument("--n-sets", type=int, default=128, help="that each sampler generates")
-    parser.add_argument("--n-cells", type=int, default=64, help="of a set")
+    parser.add_argument("--n-train", type=int, default=5000, help="training steps")
+    parser.add_argument("--n-sets", type=int, default=256, help="that each sampler generates")
+    parser.add_argument("--n-cells", type=int, default=32, help="of a set")
     parser.add_argument("--steps", type=int, nargs="+", default=STEPS, help="of the samplers")
-    parser.add_argument("--guidance", type=float, default=1.0, help="1 is none")
     parser.add_argument(
         "--shared-noise", type=float, default=0.0, help="correlation of the noise of two cells of a set"
     )
@@ -46,7 +45,7 @@ def main() -> None:
     parser.add_argument("--save", action=argparse.BooleanOptionalAction, default=True, help="append to results/")
     args = parser.parse_args()
 
-    world = VaryingMixtures()
+    world = WORLD
     started = time.perf_counter()
     model, params = train(world, args)
     train_s = time.perf_counter() - started
@@ -103,17 +102,18 @@ def train(world: VaryingMixtures, args: argparse.Namespace):
         n_perturbations=2,
         cell_type="none",
         batch="none",
-        d_covariate=16,
+        d_covariate=8,
         covariate_width="model",
-        d_model=64,
-        n_layers=3,
-        n_heads=4,
+        d_model=32,
+        n_layers=2,
+        n_heads=2,
         energy_weight=args.energy_weight,
         shared_noise=args.shared_noise,
-        divisor=DIVISOR,
+        condition_dropout=0.0,
+        divisor=1.0,
     )
     model = perturbdiff.build(config, perturbdiff.Constants())
-    optimizer = OptimizerConfig(learning_rate=1e-3, schedule="cosine", n_warmup=args.n_train // 20, clip_norm=1.0)
+    optimizer = OptimizerConfig(learning_rate=3e-3, schedule="cosine", n_warmup=args.n_train // 20, clip_norm=1.0)
     state = fit(
         model.loss,
         model.init(jax.random.key(args.seed)),
@@ -132,7 +132,7 @@ def generate(model, params, batch: CellSetBatch, args: argparse.Namespace, **set
     """Sets for the controls of `batch`, and the seconds that they took, compilation apart."""
     import jax
 
-    run = jax.jit(partial(model.predict, guidance=args.guidance, **settings))
+    run = jax.jit(partial(model.predict, guidance=1.0, **settings))
     inputs = params, batch.control, batch.covariates, jax.random.key(args.seed + 2)
     run = run.lower(*inputs).compile()
     started = time.perf_counter()
