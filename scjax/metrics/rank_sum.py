@@ -4,11 +4,9 @@ In each gene the controls are sorted once. The cells of a population are sorted 
 tie term are sums of integers, 64 bits wide, on the device. z and p follow on the host, in double precision.
 
 Columns are genes, so that a step of the sort or of the search is one pass over contiguous genes: on a CPU a sorting
-network and a bisection written so take a tenth of the time of XLA's own. Zeros get no path of their own: leaving them
-out costs the host about what the device needs to sort them.
+network and a bisection written so take a tenth of the time of XLA's own.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -24,7 +22,7 @@ __all__ = ["Ordered", "RankSum", "ordered", "rank_sum", "rank_sums"]
 Cells: TypeAlias = Any  # Float[np.ndarray | Array, "_cells genes"], or such a SciPy sparse array or matrix
 Columns: TypeAlias = Float[Array, "cells genes"]
 
-WIDTH = 128  # genes of a chunk: what a step touches stays near the core
+WIDTH = 64  # genes of a chunk: what a step touches stays near the core
 ROWS = 2048  # cells of the populations that are tested in one call
 MOST_CELLS = 2_000_000  # of both sides: the cube of a number of ties fits 64 bits
 
@@ -63,9 +61,8 @@ def ordered(cells: Cells) -> Ordered:
     """Raises ValueError: no cell, or a value that is not finite."""
     cells = _dense("control", cells)
     n_cells, n_genes = cells.shape
-    width, n_chunks = _chunks(n_genes)
     with jax.enable_x64(True):
-        values, places, ties = _order(_padded([cells], 1, _size(n_cells + 1), width * n_chunks)[0], width=width)
+        values, places, ties = _order(_padded([cells], 1, _size(n_cells + 1), -(-n_genes // WIDTH) * WIDTH)[0])
     return Ordered(values, places, np.asarray(ties).reshape(-1)[:n_genes], n_cells)
 
 
@@ -90,7 +87,7 @@ def rank_sums(populations: Sequence[Cells], control: Cells | Ordered) -> RankSum
 
     Raises:
         ValueError: no population, one without cells or with other genes, values that are not finite, or more than
-            2,000,000 cells.
+            2,000,000 cells with the control.
     """
     check.at_least("the number of populations", len(populations), 1)
     control = control if isinstance(control, Ordered) else ordered(control)
@@ -138,22 +135,16 @@ def _dense(name: str, cells: Cells) -> np.ndarray:
 
 
 def _size(n: int) -> int:
-    """The next of four sizes an octave, 16 at least: few shapes to compile for, and little that is padding."""
-    step = max(4, 1 << max(0, (n - 1).bit_length() - 3))
-    return max(16, -(-n // step) * step)
-
-
-def _chunks(n_genes: int) -> tuple[int, int]:
-    """Width of a chunk of genes, and the number of chunks."""
-    width = min(WIDTH, _size(n_genes))
-    return width, -(-n_genes // width)
+    """The next of four sizes an octave, 64 at least: few shapes to compile for, and little that is padding."""
+    step = 1 << max(4, (n - 1).bit_length() - 3)
+    return max(64, -(-n // step) * step)
 
 
 def _blocks(sizes: np.ndarray) -> list[tuple[np.ndarray, int]]:
     """Populations (of similar sizes) that are stacked for one call, and how many places the stack has."""
     blocks = []
     padded = np.array([_size(int(n)) for n in sizes])
-    for size in np.unique(padded):
+    for size in np.unique(padded).tolist():
         alike = np.flatnonzero(padded == size)
         n_calls = -(-len(alike) // max(1, ROWS // size))
         n_stacked = -(-len(alike) // n_calls)
@@ -173,14 +164,14 @@ def _padded(populations: Sequence[np.ndarray], n_stacked: int, n_rows: int, n_co
     return stacked
 
 
-@functools.partial(jax.jit, static_argnames="width")
-def _order(cells: Columns, *, width: int) -> tuple[Array, Array, Array]:
+@jax.jit
+def _order(cells: Columns) -> tuple[Array, Array, Array]:
     def of_chunk(chunk: Array) -> tuple[Array, Array, Array]:
-        values = _sorted(jax.lax.dynamic_slice_in_dim(cells, chunk * width, width, axis=1))
+        values = _sorted(jax.lax.dynamic_slice_in_dim(cells, chunk * WIDTH, WIDTH, axis=1))
         places = _places(values)
         return values, places, _sum_of_ties(places, values < jnp.inf)
 
-    return jax.lax.map(of_chunk, jnp.arange(cells.shape[1] // width, dtype=jnp.int32))
+    return jax.lax.map(of_chunk, jnp.arange(cells.shape[1] // WIDTH, dtype=jnp.int32))
 
 
 @jax.jit
@@ -190,11 +181,9 @@ def _against(
     cells: Float[Array, "populations cells genes"],
     sizes: Int[Array, " populations"],
 ) -> tuple[Int[Array, "chunks populations width"], Int[Array, "chunks populations width"]]:
-    width = values.shape[2]
-
     def of_chunk(chunk: tuple[Array, Array, Array]) -> tuple[Array, Array]:
         index, *controls = chunk
-        x = jax.lax.dynamic_slice_in_dim(cells, index * width, width, axis=2)
+        x = jax.lax.dynamic_slice_in_dim(cells, index * WIDTH, WIDTH, axis=2)
         return jax.vmap(_counts, (None, None, 0, 0))(*controls, x, sizes)
 
     return jax.lax.map(of_chunk, (jnp.arange(len(values), dtype=jnp.int32), values, places))
