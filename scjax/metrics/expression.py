@@ -5,8 +5,7 @@ mean of the control cells of its context. Both sides of every comparison are hel
 `profiles` reduces populations of cells to the statistics that the metrics read; a metric compares two such sets and
 gives one value for each population, NaN where it has none. Cells are not paired: nothing here is an error per cell.
 
-Not here: cell-eval's `clustering_agreement` (the best agreement over seven resolutions of a Leiden clustering of the
-centroids), which needs igraph and an optimisation whose result hangs on its version.
+Not here: cell-eval's `clustering_agreement`, which needs igraph: see `clustering`.
 """
 
 import functools
@@ -497,6 +496,22 @@ def _pearson_of(pred: Profiles, real: Profiles, row: int, offset: Any = 0.0, gen
     return pearson((pred.delta[row] - offset)[genes], (real.delta[row] - offset)[genes], tolerance)
 
 
+def _r2_score(pred: Profiles, real: Profiles, row: int, genes: Any = slice(None)) -> float:
+    ours, theirs = pred.mean[row][genes], real.mean[row][genes]
+    if _failed(pred, row) or theirs.size < 2 or np.std(theirs) <= CONSTANT * np.abs(theirs).max():
+        return float("nan")
+    return 1 - float(np.sum((ours - theirs) ** 2) / np.sum((theirs - theirs.mean()) ** 2))
+
+
+def _weighted_mse(pred: Profiles, real: Profiles, row: int) -> float:
+    """NaN where all genes are tested alike, so that there is nothing to weigh by."""
+    strength = np.abs(_de(real).z[row])
+    scaled = (strength - strength.min()) ** 2
+    if not scaled.sum() > 0:
+        return float("nan")
+    return float(np.average((pred.mean[row] - real.mean[row]) ** 2, weights=scaled))
+
+
 def _reference(real: Profiles) -> np.ndarray:
     if real.reference is None:
         raise ValueError(
@@ -569,6 +584,14 @@ LOWER, HIGHER, ONE, NONE = DIRECTIONS
 CUTS = {"N": None, "50": 50, "100": 100, "200": 200, "500": 500}
 SIGNIFICANT = "significant genes (Mann-Whitney against the real controls, Benjamini-Hochberg, FDR < 0.05)"
 BY_FOLD = "by |log2 fold change|"
+TOP_20 = (
+    "the 20 genes that differ most between the real cells and their controls (least Mann-Whitney p-value, then largest "
+    "|delta|)"
+)
+DETERMINATION = (
+    "1 - sum (predicted - real)^2 / sum (real - its mean over these genes)^2; not bounded below, so that one "
+    "population can decide a mean: read the median"
+)
 
 CELL_EVAL_METRICS: Mapping[str, ExpressionMetric] = _catalogue(
     *(
@@ -747,8 +770,7 @@ EXPRESSION_METRICS: Mapping[str, ExpressionMetric] = MappingProxyType(
             ),
             ExpressionMetric(
                 "pearson_delta_hat_20",
-                "pearson_delta_hat over the 20 genes that differ most between the real cells and their controls "
-                "(least Mann-Whitney p-value, then largest |delta|)",
+                f"pearson_delta_hat over {TOP_20}",
                 "1",
                 HIGHER,
                 _each(lambda pred, real, row: _pearson_of(pred, real, row, _reference(real), _top(real, row, 20))),
@@ -767,6 +789,43 @@ EXPRESSION_METRICS: Mapping[str, ExpressionMetric] = MappingProxyType(
                 "1",
                 HIGHER,
                 _each(lambda pred, real, row: pearson(pred.mean[row], real.mean[row]) ** 2),
+            ),
+            ExpressionMetric(
+                "r2_20",
+                f"r2 over {TOP_20}",
+                "1",
+                HIGHER,
+                _each(
+                    lambda pred, real, row: (
+                        pearson(*(side.mean[row][_top(real, row, 20)] for side in (pred, real))) ** 2
+                    )
+                ),
+                ("real de",),
+            ),
+            ExpressionMetric(
+                "r2_score",
+                f"coefficient of determination of the means over genes, {DETERMINATION}",
+                "1",
+                HIGHER,
+                _each(_r2_score),
+            ),
+            ExpressionMetric(
+                "r2_score_20",
+                f"coefficient of determination of the means over {TOP_20}, {DETERMINATION}",
+                "1",
+                HIGHER,
+                _each(lambda pred, real, row: _r2_score(pred, real, row, _top(real, row, 20))),
+                ("real de",),
+            ),
+            ExpressionMetric(
+                "weighted_mse",
+                "sum over genes of weight times squared difference of the means; weights sum to 1 and are proportional "
+                "to the square of (|z| - least |z|), z of the Mann-Whitney test of the real cells against their "
+                "controls (after Mejia et al. 2025, who take a t statistic)",
+                "x^2",
+                LOWER,
+                _each(_weighted_mse),
+                ("real de",),
             ),
             ExpressionMetric(
                 "variance_ratio",
