@@ -150,7 +150,7 @@ CLUSTERING_AGREEMENT = ExpressionMetric(
     "clustering_agreement",
     "adjusted mutual information of the Leiden clusters of the real means (resolution 1) and of the predicted ones, "
     f"the best of the resolutions {', '.join(map(str, RESOLUTIONS))} and 0 at least, so that it is optimistic; graph "
-    f"of the {N_NEIGHBOURS} nearest (itself included) with UMAP's weights; igraph, modularity, {N_ITERATIONS} iterations",
+    f"of the {N_NEIGHBOURS} nearest (itself included) with UMAP's weights; igraph, modularity, {N_ITERATIONS} rounds",
     "1",
     "higher is better",
     lambda pred, real: np.full(len(real.populations), clustering_agreement(pred, real)),
