@@ -4,7 +4,7 @@ In each gene the controls are sorted once. The cells of a population are sorted 
 tie term are sums of integers, 64 bits wide, on the device. z and p follow on the host, in double precision.
 
 Columns are genes, so that a step of the sort or of the search is one pass over contiguous genes: on a CPU a sorting
-network and a bisection written so take a tenth of the time of XLA's own.
+network and a bisection written so take a small part of the time of XLA's own sort and search.
 """
 
 from collections.abc import Sequence
