@@ -6,8 +6,8 @@
 Simulated sparse log-normalised counts. Both sides give p-value, false discovery rate and fold change of every gene and
 condition: scjax through `differential_expression_table`, controls sorted anew in each call; scanpy through
 `rank_genes_groups(method="wilcoxon", reference="control", tie_correct=True)` on the dense matrix, which it handles
-fastest. Its work is the same for each condition, so that with `--peer-conditions` some stand for all; times are per
-condition. Needs scanpy, unless `--no-peer`.
+fastest. Its work is the same for each condition, so that with `--peer-conditions` some stand for all (what it does once
+a call then weighs more); times are per condition. Needs scanpy, unless `--no-peer`.
 """
 
 import argparse
