@@ -42,6 +42,7 @@ HOMES = {
     "h5py": {"data"},
     "zarr": {"data"},
     "sklearn": {"data"},
+    "igraph": {"metrics"},
     "scipy": {"data", "metrics", "experiment"},
     "ot": {"metrics"},
     "orbax": {"checkpoint"},
@@ -53,7 +54,7 @@ HOMES = {
 }
 EVERYWHERE = {"jax", "jaxtyping", "numpy"}
 # Costly to load, or not installed everywhere: inside the function that needs it, so that importing scjax stays free.
-LAZY = {"torch", "ot", "ott", "orbax", "anndata", "pandas", "h5py", "zarr", "sklearn", "matplotlib"}
+LAZY = {"torch", "ot", "ott", "orbax", "anndata", "pandas", "h5py", "zarr", "sklearn", "igraph", "matplotlib"}
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
 name_of = lambda path: path.relative_to(PACKAGE.parent).as_posix()  # noqa: E731

@@ -5,8 +5,7 @@ mean of the control cells of its context. Both sides of every comparison are hel
 `profiles` reduces populations of cells to the statistics that the metrics read; a metric compares two such sets and
 gives one value for each population, NaN where it has none. Cells are not paired: nothing here is an error per cell.
 
-Not here: cell-eval's `clustering_agreement` (the best agreement over seven resolutions of a Leiden clustering of the
-centroids), which needs igraph and an optimisation whose result hangs on its version.
+Not here: cell-eval's `clustering_agreement`, which needs igraph: see `clustering`.
 """
 
 import functools
@@ -20,6 +19,7 @@ from jaxtyping import Array, Float
 
 from scjax import check
 from scjax.metrics.population import POPULATION_METRICS
+from scjax.metrics.rank_sum import Ordered, ordered, rank_sums
 from scjax.types import Population
 
 __all__ = [
@@ -30,17 +30,14 @@ __all__ = [
     "Control",
     "DifferentialExpression",
     "ExpressionMetric",
-    "Ordered",
     "Profiles",
-    "RankSum",
     "average_precision",
     "differential_expression",
+    "differential_expression_table",
     "discrimination_score",
     "energy_distance",
-    "ordered",
     "pearson",
     "profiles",
-    "rank_sum",
     "roc_auc",
     "score_perturbations",
     "spearman",
@@ -50,24 +47,22 @@ __all__ = [
 Cells: TypeAlias = Float[np.ndarray | Array, "_cells genes"]
 
 FDR = 0.05  # a gene is called differentially expressed below it
+WAITING = 1 << 25  # values of cells that wait for their test: 128 MB
 CHUNK = 4_000_000  # distances that are held at once: 32 MB
 CONSTANT = 1e-6  # relative to the largest mean: a vector that varies less is rounding, and correlates with nothing
 DIRECTIONS = ("lower is better", "higher is better", "1 is best", "no direction")
 
 
-class RankSum(NamedTuple):
-    """Of each gene: the Mann-Whitney statistic U of the first population, and the two-sided p-value."""
-
-    statistic: np.ndarray
-    p_value: np.ndarray
-
-
 class DifferentialExpression(NamedTuple):
-    """Of each gene: p-value of the rank sum, false discovery rate, log2 fold change (infinite where one side is 0)."""
+    """Of each gene: p-value of the rank sum, false discovery rate, log2 fold change (infinite where one side is 0), z.
+
+    z is that of the rank sum, positive where the gene is higher than in the controls.
+    """
 
     p_value: np.ndarray
     fdr: np.ndarray
     log2_fold_change: np.ndarray
+    z: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -81,8 +76,8 @@ class Control:
         return np.mean(self.cells, axis=0, dtype=np.float64)
 
     @functools.cached_property
-    def ordered(self) -> "Ordered":
-        return ordered(np.asarray(self.cells))
+    def ordered(self) -> Ordered:
+        return ordered(self.cells)
 
     @functools.cached_property
     def mean_distance(self) -> float:
@@ -139,69 +134,40 @@ class ExpressionMetric(NamedTuple):
     equal_cells: bool = False
 
 
-class Ordered(NamedTuple):
-    """Cells sorted gene by gene, for any number of rank sums against them.
-
-    Attributes:
-        values: [genes, cells], rising.
-        ties: of each gene, the sum over its values of t^3 - t, t being how many cells have that value.
-    """
-
-    values: np.ndarray
-    ties: np.ndarray
-
-
-def ordered(cells: Float[np.ndarray, "_cells genes"]) -> Ordered:
-    values = np.sort(cells.T, axis=1)
-    gene, _, sizes = _groups(values)
-    return Ordered(values, np.bincount(gene, _ties(sizes), len(values)))
-
-
-def rank_sum(x: Float[np.ndarray, "n genes"], y: Float[np.ndarray, "m genes"] | Ordered) -> RankSum:
-    """Two-sided Mann-Whitney test of each gene, normal approximation with corrections for ties and continuity.
-
-    Equal to `scipy.stats.mannwhitneyu(x, y, method="asymptotic")`; a gene in which no cell differs from another has
-    p = 1. `y` is sorted once and may be given so: then a test costs n searches in m values a gene.
-    """
-    from scipy.stats import norm
-
-    values, ties_of_y = y if isinstance(y, Ordered) else ordered(y)
-    n, m = len(x), values.shape[1]
-    check.at_least("the number of cells of each population", min(n, m), 1)
-    sought = np.sort(x.T, axis=1)
-    gene, starts, in_x = _groups(sought)
-    distinct = sought.ravel()[starts]  # most of a sparse gene is one zero
-    below, up_to = np.empty(len(distinct), np.int64), np.empty(len(distinct), np.int64)
-    bounds = np.searchsorted(gene, np.arange(len(sought) + 1))
-    for row, (first, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
-        below[first:end] = values[row].searchsorted(distinct[first:end], "left")
-        up_to[first:end] = values[row].searchsorted(distinct[first:end], "right")
-    statistic = np.bincount(gene, in_x * (below + up_to) / 2, len(sought))
-    in_y = up_to - below
-    ties = ties_of_y + np.bincount(gene, _ties(in_x + in_y) - _ties(in_y), len(sought))
-    spread = np.sqrt(n * m / 12 * np.maximum(n + m + 1 - ties / ((n + m) * (n + m - 1)), 0))
-    beyond = np.abs(statistic - n * m / 2) - 0.5
-    z = np.divide(beyond, spread, out=np.full(len(sought), -np.inf), where=spread > 0)
-    return RankSum(statistic, np.minimum(2 * norm.sf(z), 1.0))
-
-
 def differential_expression(cells: Cells, control: Cells | Control) -> DifferentialExpression:
-    """Each gene of one population against its controls: rank sum, Benjamini-Hochberg over the genes, fold change.
+    """`differential_expression_table` of one population: [genes]."""
+    alone = Population(("one",))
+    return DifferentialExpression(
+        *(values[0] for values in differential_expression_table({alone: cells}, {"": control}))
+    )
 
-    The fold change is that of expm1(mean of the log values), as in cell-eval: +-inf where one of the two is zero, and 0
-    where both are.
+
+def differential_expression_table(
+    cells: Mapping[Population, Any], controls: Mapping[str, Any]
+) -> DifferentialExpression:
+    """Each gene of many populations against the controls of their contexts: rank sums, Benjamini-Hochberg, fold change.
+
+    The false discovery rate is over the genes of one population. The fold change is that of expm1(mean of the log
+    values), as in cell-eval: +-inf where one of the two is zero, and 0 where both are.
+
+    Args:
+        cells: log-normalised cells [cells, genes] of each population, dense or a SciPy sparse array; made when asked.
+        controls: such cells, or a `Control`, by context.
+
+    Returns:
+        [populations, genes] each.
+
+    Raises:
+        ValueError: as `rank_sum.rank_sums`; a population that is a control, or whose context has no controls.
     """
-    from scipy.stats import false_discovery_control
-
-    cells = np.asarray(cells)
-    control = control if isinstance(control, Control) else Control(np.asarray(control))
-    p_value = rank_sum(cells, control.ordered).p_value
-    target, reference = np.expm1(np.mean(cells, axis=0, dtype=np.float64)), np.expm1(control.mean)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        # Shifted control cells can have a mean below zero, which is no expression at all.
-        ratio = np.maximum(target, 0) / np.maximum(reference, 0)
-        fold = np.log2(np.where(np.isnan(ratio), 1.0, ratio))
-    return DifferentialExpression(p_value, false_discovery_control(p_value), fold)
+    known = {c: x if isinstance(x, Control) else Control(np.asarray(_dense(x))) for c, x in controls.items()}
+    if not cells:
+        raise ValueError("cells must hold at least one population; it is empty.")
+    tests = _Tests((len(cells), control_of(next(iter(cells)), known).mean.size))
+    for row, population in enumerate(cells):
+        x, control = _dense(cells[population]), control_of(population, known)
+        tests.add(row, x, np.mean(x, axis=0, dtype=np.float64), control)
+    return tests.finish()
 
 
 def profiles(
@@ -213,7 +179,7 @@ def profiles(
     genes: Sequence[str] = (),
     reference: Float[np.ndarray, " genes"] | None = None,
 ) -> Profiles:
-    """Statistics of populations of cells, taken one after the other: a mapping may make its cells when asked.
+    """Statistics of populations of cells, taken some at a time: a mapping may make its cells when asked.
 
     A population whose value is None (a prediction that is not defined), or that has a cell which is not finite, has NaN
     everywhere.
@@ -240,7 +206,7 @@ def profiles(
     shape = (len(populations), n_genes)
     mean, delta = np.full(shape, np.nan), np.full(shape, np.nan)
     variance, distance = np.full(len(populations), np.nan), np.full(len(populations), np.nan)
-    tables = [np.full(shape, np.nan) for _ in DifferentialExpression._fields] if de else []
+    tests = _Tests(shape)
     n_cells, n_nonfinite = [], []
     for row, population in enumerate(populations):
         x, control = cells[population], controls[population.context]
@@ -264,8 +230,7 @@ def profiles(
         if len(x) > 1:
             variance[row] = np.var(x, axis=0, ddof=1, dtype=np.float64).sum()
         if de:
-            for table, values in zip(tables, differential_expression(x, control), strict=True):
-                table[row] = values
+            tests.add(row, x, mean[row], control)
         if edistance:
             distance[row] = 2 * _mean_distance(x, control.cells) - _mean_distance(x, x) - control.mean_distance
     return Profiles(
@@ -273,7 +238,7 @@ def profiles(
         mean=mean,
         delta=delta,
         variance=variance,
-        de=DifferentialExpression(*tables) if de else None,
+        de=tests.finish() if de else None,
         edistance=distance if edistance else None,
         n_cells=tuple(n_cells),
         n_nonfinite=tuple(n_nonfinite),
@@ -436,16 +401,46 @@ def discrimination_score(
     return scores
 
 
-def _groups(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Equal values of each sorted row: their row, where they start in the flat array, how many they are."""
-    first = np.ones(values.shape, bool)
-    np.not_equal(values[:, 1:], values[:, :-1], out=first[:, 1:])
-    starts = np.flatnonzero(first)
-    return starts // values.shape[1], starts, np.diff(starts, append=first.size)
+class _Tests:
+    """Differential expression of populations as they come: they wait, and are tested many at once."""
+
+    def __init__(self, shape: tuple[int, int]):
+        self.tables = DifferentialExpression(*(np.full(shape, np.nan) for _ in DifferentialExpression._fields))
+        self.waiting: list[tuple[int, np.ndarray, np.ndarray, Control]] = []
+
+    def add(self, row: int, cells: np.ndarray, mean: Float[np.ndarray, " genes"], control: Control) -> None:
+        self.waiting.append((row, cells, mean, control))
+        if sum(x.size for _, x, _, _ in self.waiting) >= WAITING:
+            self._test()
+
+    def finish(self) -> DifferentialExpression:
+        self._test()
+        return self.tables
+
+    def _test(self) -> None:
+        for control in {id(c): c for *_, c in self.waiting}.values():
+            rows, cells, means, _ = zip(*(w for w in self.waiting if w[3] is control), strict=True)
+            for table, values in zip(self.tables, _against(cells, np.stack(means), control), strict=True):
+                table[list(rows)] = values
+        self.waiting = []
 
 
-def _ties(sizes: np.ndarray) -> np.ndarray:
-    return sizes.astype(np.float64) ** 3 - sizes
+def _against(
+    cells: Sequence[np.ndarray], means: Float[np.ndarray, "populations genes"], control: Control
+) -> DifferentialExpression:
+    from scipy.stats import false_discovery_control
+
+    tests = rank_sums(cells, control.ordered)
+    target, reference = np.expm1(means), np.expm1(control.mean)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        # Shifted control cells can have a mean below zero, which is no expression at all.
+        ratio = np.maximum(target, 0) / np.maximum(reference, 0)
+        fold = np.log2(np.where(np.isnan(ratio), 1.0, ratio))
+    return DifferentialExpression(tests.p_value, false_discovery_control(tests.p_value, axis=1), fold, tests.z)
+
+
+def _dense(cells: Any) -> Any:
+    return cells.toarray() if hasattr(cells, "toarray") else cells
 
 
 def _mean_distance(x: Any, y: Any) -> float:
@@ -499,6 +494,22 @@ def _pearson_of(pred: Profiles, real: Profiles, row: int, offset: Any = 0.0, gen
         return float("nan")
     tolerance = CONSTANT * float(np.abs(real.mean[row]).max())
     return pearson((pred.delta[row] - offset)[genes], (real.delta[row] - offset)[genes], tolerance)
+
+
+def _r2_score(pred: Profiles, real: Profiles, row: int, genes: Any = slice(None)) -> float:
+    ours, theirs = pred.mean[row][genes], real.mean[row][genes]
+    if _failed(pred, row) or theirs.size < 2 or np.std(theirs) <= CONSTANT * np.abs(theirs).max():
+        return float("nan")
+    return 1 - float(np.sum((ours - theirs) ** 2) / np.sum((theirs - theirs.mean()) ** 2))
+
+
+def _weighted_mse(pred: Profiles, real: Profiles, row: int) -> float:
+    """NaN where all genes are tested alike, so that there is nothing to weigh by."""
+    strength = np.abs(_de(real).z[row])
+    scaled = (strength - strength.min()) ** 2
+    if not scaled.sum() > 0:
+        return float("nan")
+    return float(np.average((pred.mean[row] - real.mean[row]) ** 2, weights=scaled))
 
 
 def _reference(real: Profiles) -> np.ndarray:
@@ -573,6 +584,14 @@ LOWER, HIGHER, ONE, NONE = DIRECTIONS
 CUTS = {"N": None, "50": 50, "100": 100, "200": 200, "500": 500}
 SIGNIFICANT = "significant genes (Mann-Whitney against the real controls, Benjamini-Hochberg, FDR < 0.05)"
 BY_FOLD = "by |log2 fold change|"
+TOP_20 = (
+    "the 20 genes that differ most between the real cells and their controls (least Mann-Whitney p-value, then largest "
+    "|delta|)"
+)
+DETERMINATION = (
+    "1 - sum (predicted - real)^2 / sum (real - its mean over these genes)^2; not bounded below, so that one "
+    "population can decide a mean: read the median"
+)
 
 CELL_EVAL_METRICS: Mapping[str, ExpressionMetric] = _catalogue(
     *(
@@ -751,8 +770,7 @@ EXPRESSION_METRICS: Mapping[str, ExpressionMetric] = MappingProxyType(
             ),
             ExpressionMetric(
                 "pearson_delta_hat_20",
-                "pearson_delta_hat over the 20 genes that differ most between the real cells and their controls "
-                "(least Mann-Whitney p-value, then largest |delta|)",
+                f"pearson_delta_hat over {TOP_20}",
                 "1",
                 HIGHER,
                 _each(lambda pred, real, row: _pearson_of(pred, real, row, _reference(real), _top(real, row, 20))),
@@ -773,6 +791,43 @@ EXPRESSION_METRICS: Mapping[str, ExpressionMetric] = MappingProxyType(
                 _each(lambda pred, real, row: pearson(pred.mean[row], real.mean[row]) ** 2),
             ),
             ExpressionMetric(
+                "r2_20",
+                f"r2 over {TOP_20}",
+                "1",
+                HIGHER,
+                _each(
+                    lambda pred, real, row: (
+                        pearson(*(side.mean[row][_top(real, row, 20)] for side in (pred, real))) ** 2
+                    )
+                ),
+                ("real de",),
+            ),
+            ExpressionMetric(
+                "r2_score",
+                f"coefficient of determination of the means over genes, {DETERMINATION}",
+                "1",
+                HIGHER,
+                _each(_r2_score),
+            ),
+            ExpressionMetric(
+                "r2_score_20",
+                f"coefficient of determination of the means over {TOP_20}, {DETERMINATION}",
+                "1",
+                HIGHER,
+                _each(lambda pred, real, row: _r2_score(pred, real, row, _top(real, row, 20))),
+                ("real de",),
+            ),
+            ExpressionMetric(
+                "weighted_mse",
+                "sum over genes of weight times squared difference of the means; weights sum to 1 and are proportional "
+                "to the square of (|z| - least |z|), z of the Mann-Whitney test of the real cells against their "
+                "controls (after Mejia et al. 2025, who take a t statistic)",
+                "x^2",
+                LOWER,
+                _each(_weighted_mse),
+                ("real de",),
+            ),
+            ExpressionMetric(
                 "variance_ratio",
                 "variance of the predicted cells over that of the real ones, each summed over genes",
                 "1",
@@ -784,9 +839,3 @@ EXPRESSION_METRICS: Mapping[str, ExpressionMetric] = MappingProxyType(
 )
 
 ENERGY_DISTANCE = POPULATION_METRICS["Energy"]._replace(name="energy_distance", fn=energy_distance)
-
-
-def _edistance(side: Profiles) -> np.ndarray:
-    if side.edistance is None:
-        raise ValueError("these profiles were made without energy distances; call profiles(..., edistance=True).")
-    return side.edistance

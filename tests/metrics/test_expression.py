@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
+from scipy import sparse, stats
 
 from scjax.metrics import expression, population
 from scjax.metrics.expression import (
@@ -16,15 +16,16 @@ from scjax.metrics.expression import (
     Control,
     average_precision,
     differential_expression,
+    differential_expression_table,
     discrimination_score,
     pearson,
     profiles,
-    rank_sum,
     roc_auc,
     score_perturbations,
     spearman,
     top_genes,
 )
+from scjax.metrics.rank_sum import rank_sum
 from scjax.types import Population
 
 A, B, C, AB = Population(("A",)), Population(("B",)), Population(("C",)), Population(("A", "B"))
@@ -51,21 +52,6 @@ def score(pred, world, name, **settings):
     return np.array(list(score_perturbations(pred, real, controls, metrics, genes=GENES, **settings)[name].values()))
 
 
-@settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 10**6), n=st.integers(1, 20), m=st.integers(1, 20), levels=st.integers(1, 6))
-def test_rank_sum_equals_scipy(seed, n, m, levels):
-    """With ties, with genes that do not vary, and with no ties at all."""
-    rng = np.random.default_rng(seed)
-    x, y = (rng.integers(0, levels, (k, 5)).astype(np.float64) for k in (n, m))
-    x[:, 0], y[:, 0] = rng.normal(size=n), rng.normal(size=m)
-    ours = rank_sum(x, y)
-    with np.errstate(all="ignore"):
-        theirs = stats.mannwhitneyu(x, y, method="asymptotic", axis=0)
-    np.testing.assert_array_equal(ours.statistic, theirs.statistic)
-    # scipy divides zero by zero where no cell differs from another: no evidence at all, p = 1
-    np.testing.assert_allclose(ours.p_value, np.nan_to_num(theirs.pvalue, nan=1.0), rtol=1e-12)
-
-
 def test_distances_in_chunks(monkeypatch, world):
     real, controls = world
     whole = profiles(real, {"": Control(controls[""])}).edistance
@@ -82,6 +68,87 @@ def test_differential_expression_of_what_is_absent():
     assert (found.p_value[2:] == 1).all()
     assert (found.fdr[:2] < 1e-6).all()
     np.testing.assert_allclose(found.fdr, stats.false_discovery_control(found.p_value))
+
+
+def test_many_populations_are_tested_as_one_by_one(monkeypatch):
+    """Over contexts, some at a time, dense or sparse, and in `profiles`."""
+    monkeypatch.setattr(expression, "WAITING", 1_000)
+    rng = np.random.default_rng(0)
+    cells = {Population((name,), c): counts(rng, 20 + 9 * i) for i, name in enumerate("ABC") for c in "xy"}
+    controls = {c: counts(rng, 50) for c in "xy"}
+    found = differential_expression_table(cells, controls)
+    shared = {c: Control(x) for c, x in controls.items()}
+    in_profiles = profiles(cells, shared, edistance=False).de
+    as_sparse = differential_expression_table({p: sparse.csr_array(x) for p, x in cells.items()}, controls)
+    for row, (p, x) in enumerate(cells.items()):
+        theirs = stats.mannwhitneyu(x.astype(float), controls[p.context].astype(float), method="asymptotic", axis=0)
+        np.testing.assert_allclose(found.p_value[row], theirs.pvalue, rtol=1e-12)
+        for table, alone in zip(found, differential_expression(x, shared[p.context]), strict=True):
+            np.testing.assert_array_equal(table[row], alone)
+    for table, same, dense in zip(found, in_profiles, as_sparse, strict=True):
+        np.testing.assert_array_equal(table, same)
+        np.testing.assert_array_equal(table, dense)
+    with pytest.raises(ValueError, match="has no control cells"):
+        differential_expression_table({Population(("A",), "z"): counts(rng, 5)}, controls)
+    with pytest.raises(ValueError, match="at least one population"):
+        differential_expression_table({}, controls)
+
+
+@pytest.mark.filterwarnings("ignore")  # of pandas, about scanpy's use of it
+def test_differential_expression_equals_scanpy():
+    """Its test corrects ties and not continuity: the score is (U - n m / 2) / spread."""
+    scanpy = pytest.importorskip("scanpy", reason="a second implementation to compare with")
+    import anndata
+    import pandas
+
+    rng = np.random.default_rng(0)
+    x, y = counts(rng, 40, rng.normal(0, 0.5, len(GENES))), counts(rng, 90)
+    obs = pandas.DataFrame({"c": ["A"] * 40 + ["control"] * 90}, index=[f"{i}" for i in range(130)]).astype("category")
+    adata = anndata.AnnData(np.concatenate([x, y]), obs)
+    scanpy.tl.rank_genes_groups(adata, "c", reference="control", method="wilcoxon", tie_correct=True)
+    theirs = scanpy.get.rank_genes_groups_df(adata, "A").set_index("names").loc[list(adata.var_names)]
+    ours, tested = differential_expression(x, y), rank_sum(x, y)
+    off = tested.statistic - 40 * 90 / 2
+    np.testing.assert_allclose(ours.z * off / (off - 0.5 * np.sign(off)), theirs["scores"], rtol=1e-5)
+
+
+def test_determination_and_weights_by_hand(world):
+    """Against scikit-learn; a prediction far off costs without bound, and weights are those of the tests."""
+    from sklearn.metrics import mean_squared_error, r2_score
+
+    real, controls = world
+    rng = np.random.default_rng(1)
+    pred = {p: x + rng.normal(0, 0.3, x.shape[1]).astype(np.float32) for p, x in real.items()}
+    means = [(real[p].mean(0, dtype=float), pred[p].mean(0, dtype=float)) for p in real]
+    np.testing.assert_allclose(score(pred, world, "r2_score"), [r2_score(a, b) for a, b in means], rtol=1e-9)
+    np.testing.assert_allclose(score(pred, world, "r2_score_20"), score(pred, world, "r2_score"))  # all ten genes
+    np.testing.assert_allclose(score(pred, world, "r2_20"), score(pred, world, "r2"))
+    assert (score({p: x + 100 for p, x in real.items()}, world, "r2_score") < -1000).all()
+    weights = []
+    for x in real.values():
+        p = stats.mannwhitneyu(x.astype(float), controls[""].astype(float), method="asymptotic", axis=0).pvalue
+        z = stats.norm.isf(p / 2)
+        weights.append((z - z.min()) ** 2)
+    want = [mean_squared_error(a, b, sample_weight=w) for (a, b), w in zip(means, weights, strict=True)]
+    np.testing.assert_allclose(score(pred, world, "weighted_mse"), want, rtol=1e-6)
+
+
+def test_top_20_are_fewer_than_all():
+    rng = np.random.default_rng(0)
+    level = rng.uniform(1, 5, 60)
+    control, moved = rng.normal(level, 1, (80, 60)), np.r_[np.full(20, 2.0), np.zeros(40)]
+    real = profiles({A: rng.normal(level + moved, 1, (80, 60))}, {"": Control(control)})
+    pred = profiles({A: rng.normal(level, 1, (80, 60))}, {"": Control(control)}, de=False)
+    ours, theirs = pred.mean[0, :20], real.mean[0, :20]
+    assert set(top_genes(real, 20)[0]) == set(range(20))
+    value = EXPRESSION_METRICS["r2_score_20"].fn(pred, real)[0]
+    assert value == pytest.approx(1 - np.sum((ours - theirs) ** 2) / np.sum((theirs - theirs.mean()) ** 2))
+    assert EXPRESSION_METRICS["r2_20"].fn(pred, real)[0] == pytest.approx(np.corrcoef(ours, theirs)[0, 1] ** 2)
+    flat = dataclasses.replace(real, mean=np.ones_like(real.mean))
+    assert np.isnan(EXPRESSION_METRICS["r2_score"].fn(pred, flat)).all()
+    # what did not change weighs nothing
+    close = dataclasses.replace(pred, mean=np.r_[real.mean[0, :20], pred.mean[0, 20:] + 1][None])
+    assert EXPRESSION_METRICS["weighted_mse"].fn(close, real)[0] < 0.1 * EXPRESSION_METRICS["mse"].fn(close, real)[0]
 
 
 def test_the_truth_scores_best(world):

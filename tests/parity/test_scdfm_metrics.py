@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from goldens import absence, cases, load, require
 
-from scjax.metrics.expression import CELL_EVAL_METRICS, differential_expression, rank_sum, score_perturbations
+from scjax.metrics.expression import CELL_EVAL_METRICS, differential_expression, score_perturbations
+from scjax.metrics.rank_sum import rank_sum
 from scjax.types import Population
 
 KINDS = ("metrics_cell_eval",)
