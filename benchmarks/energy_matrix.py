@@ -4,8 +4,8 @@
     python benchmarks/energy_matrix.py --pertpy-python ENVIRONMENT/bin/python
 
 The loop computes each condition's own mean once, and each pair once. All sides compute in double precision and must
-agree. `--no-peer` leaves the loop out; `--pertpy-python` names an interpreter that has pertpy (and need not have scjax),
-whose pairwise "edistance" of the same cells is timed too.
+agree. `--no-peer` leaves the loop out; `--pertpy-python` names an interpreter that has pertpy (and need not have
+scjax), whose pairwise "edistance" of the same cells is timed too.
 """
 
 import argparse

