@@ -584,7 +584,7 @@ def _energies(cells: Sequence[np.ndarray], norm: str, statistic: str) -> np.ndar
         within = np.diag(between)
     if statistic == "U":
         within = within * n / (n - 1)
-    energies = 2 * between - within[:, None] - within[None]
+    energies = 2 * between - (within[:, None] + within[None])
     np.fill_diagonal(energies, 0)
     return energies
 
