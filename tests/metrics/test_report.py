@@ -159,7 +159,7 @@ def test_bad_input_is_named(call, message):
 
 
 def test_floor_and_rows_are_compared_at_equal_numbers():
-    """A right model lies at the floor: with all its cells it seems better than real ones, at equal numbers it does not."""
+    """A right model lies at the floor; with all its cells beside half of the real ones it seems to lie below."""
     rng = np.random.default_rng(1)
     real, far = rng.normal(size=(80, 4)), Baseline(rng.normal(size=(80, 4)) + 2, "")
     made = result_table(
