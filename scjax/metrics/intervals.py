@@ -12,7 +12,7 @@ from jaxtyping import Float
 
 from scjax import check
 
-__all__ = ["LEAST_UNITS", "Interval", "N_RESAMPLES", "interval", "percentiles", "resampled_weights"]
+__all__ = ["LEAST_UNITS", "Interval", "N_RESAMPLES", "interval", "percentiles", "ratio_interval", "resampled_weights"]
 
 N_RESAMPLES = 2000
 LEAST_UNITS = 5  # with four units a bootstrap has 35 different means, and percentiles far too close together
@@ -100,6 +100,36 @@ def interval(
         taken = rng.integers(n_units, size=(n_resamples, n_units))
         drawn = np.median(np.take_along_axis(of_seeds @ values, taken, axis=1), axis=1)
     return none._replace(**dict(zip(("low", "high"), percentiles(drawn, level), strict=True)))
+
+
+def ratio_interval(
+    values: Float[np.ndarray, "_seeds _units"],
+    scales: Float[np.ndarray, " _units"],
+    level: float = 0.95,
+    *,
+    n_resamples: int = N_RESAMPLES,
+    seed: int = 0,
+    least_units: int = LEAST_UNITS,
+) -> Interval:
+    """Of (mean of the values) / (mean of the scales), both means over the same resample; the scales' mean is positive.
+
+    As `interval`. There is none where more than a hundredth of the resamples has scales whose mean is not positive.
+    """
+    values, scales = np.asarray(values, np.float64), np.asarray(scales, np.float64)
+    plain = interval(values - scales[None], level, n_resamples=n_resamples, seed=seed, least_units=least_units)
+    if not plain.exists:
+        return plain
+    n_seeds, n_units = values.shape
+    rng = np.random.default_rng(seed)
+    of_seeds = resampled_weights(n_seeds, n_resamples, rng) / n_seeds
+    of_units = resampled_weights(n_units, n_resamples, rng) / n_units
+    below = of_units @ scales
+    if np.mean(below <= 0) > 0.01 or scales.mean() <= 0:
+        return plain._replace(low=math.nan, high=math.nan, note="the scale is not clear of zero")
+    drawn = np.divide(
+        ((of_seeds @ values) * of_units).sum(axis=1), below, out=np.full(n_resamples, np.nan), where=below > 0
+    )
+    return plain._replace(**dict(zip(("low", "high"), percentiles(drawn, level), strict=True)))
 
 
 def resampled_weights(n: int, n_resamples: int, rng: np.random.Generator) -> Float[np.ndarray, "_resamples _n"]:

@@ -6,7 +6,7 @@ One table is one held-out time; `aggregate` says what several of them say togeth
 import math
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib import metadata
 from types import MappingProxyType
 from typing import Any
@@ -16,7 +16,7 @@ from jaxtyping import Float
 
 from scjax import __version__, check
 from scjax.metrics.baselines import Baseline, replicate_floor
-from scjax.metrics.intervals import LEAST_UNITS, N_RESAMPLES, Interval, interval
+from scjax.metrics.intervals import LEAST_UNITS, N_RESAMPLES, Interval, interval, ratio_interval
 from scjax.metrics.population import POPULATION_METRICS, Cells, Comparison, Metric, compare_populations
 
 __all__ = [
@@ -351,8 +351,8 @@ class Aggregate:
         best: name of the best baseline of each time, chosen with the truth at hand: a hard opponent.
         ratio: metric of the model over that of this baseline, [seeds, times]; NaN where the model failed, or where
             there is no baseline with a positive value.
-        score: `normalised_score` beside this baseline, [seeds, times], not clipped; NaN also where the baseline is as
-            good as the floor.
+        matched: the same ratio at the floor's number of cells.
+        floor: the floor over that baseline at that number, [times]; at 1 or above nothing is left to gain there.
     """
 
     model: str
@@ -361,7 +361,8 @@ class Aggregate:
     unit_names: tuple[str, ...]
     best: tuple[str | None, ...]
     ratio: Float[np.ndarray, "_seeds _times"]
-    score: Float[np.ndarray, "_seeds _times"]
+    matched: Float[np.ndarray, "_seeds _times"]
+    floor: Float[np.ndarray, " _times"]
 
     @property
     def mean_ratio(self) -> float:
@@ -369,15 +370,20 @@ class Aggregate:
         return float(self.ratio.mean())
 
     @property
-    def mean_score(self) -> float:
-        """Over the times that have a scale; NaN with a failed prediction, or without any such time."""
-        values = self.score[:, self.has_scale]
-        return float(values.mean()) if values.size else math.nan
+    def score(self) -> Float[np.ndarray, "_seeds _times"]:
+        """`normalised_score` beside the best baseline, not clipped; NaN where that is as good as the floor."""
+        gap = np.where(self.floor < 1, 1 - self.floor, np.nan)
+        return (1 - self.matched) / gap[None]
 
     @property
-    def has_scale(self) -> np.ndarray:
-        """Bool[times]: the floor is better than the baseline (a failed prediction is NaN there, and stays one)."""
-        return np.isfinite(self.score).any(axis=0) | ~np.isfinite(self.ratio).all(axis=0)
+    def mean_score(self) -> float:
+        """(model - baseline) / (floor - baseline) of the means over times of each in units of the baseline.
+
+        Not the mean of `score`, which a time with next to nothing to gain would decide. NaN with a failed value, or
+        where the floor is not below the baseline on average.
+        """
+        gap = 1 - self.floor.mean()
+        return float((1 - self.matched).mean() / gap) if gap > 0 else math.nan
 
     @property
     def n_failed(self) -> int:
@@ -394,8 +400,8 @@ class Aggregate:
         return interval(self.ratio, level, n_resamples=n_resamples, seed=seed)
 
     def score_interval(self, level: float = 0.95, *, n_resamples: int = N_RESAMPLES, seed: int = 0) -> Interval:
-        """Of `mean_score`, over the times that have a scale, and seeds."""
-        return interval(self.score[:, self.has_scale], level, n_resamples=n_resamples, seed=seed)
+        """Of `mean_score`, over times and seeds (`intervals.ratio_interval`)."""
+        return ratio_interval(1 - self.matched, 1 - self.floor, level, n_resamples=n_resamples, seed=seed)
 
 
 def aggregate(
@@ -435,23 +441,25 @@ def aggregate(
         seeds = [len(table.row(name).comparisons) for table in tables]
         if len(set(seeds)) > 1 or not seeds[0]:
             raise ValueError(f"model {name!r} must have as many seeds in every table, one at least; got {seeds}.")
-        ratio, score = np.full((2, seeds[0], len(tables)), math.nan)
+        ratio, matched = np.full((2, seeds[0], len(tables)), math.nan)
+        floor = np.full(len(tables), math.nan)
         for i, (table, baseline) in enumerate(zip(tables, best, strict=True)):
-            theirs = math.nan if baseline is None else table.row(baseline).mean(metric)
-            if theirs > 0:
-                ratio[:, i] = np.array([c.scores[metric].mean for c in table.row(name).comparisons]) / theirs
-                score[:, i] = _seed_scores(table, name, baseline, metric)
+            if baseline is None:
+                continue
+            row, other = table.row(name), table.row(baseline)
+            ratio[:, i] = _over(row, other, metric)
+            matched[:, i] = _over(row.at_floor(), other.at_floor(), metric)
+            if floors := table.of_kind("floor"):
+                floor[i] = _over(floors[0], other.at_floor(), metric)[0]
         titles = tuple(table.title for table in tables)
-        made[name] = Aggregate(name, metric, chosen.definition, titles, best, ratio, score)
+        made[name] = Aggregate(name, metric, chosen.definition, titles, best, ratio, matched, floor)
     return made
 
 
-def _seed_scores(table: ResultTable, row: str, baseline: str, metric: str) -> list[float]:
-    """`normalised_score` of each seed by itself."""
-    chosen = table.row(row)
-    alone = [Row(row, chosen.kind, (c,), matched=chosen.matched[i : i + 1]) for i, c in enumerate(chosen.comparisons)]
-    rest = tuple(r for r in table.rows if r.name != row)
-    return [normalised_score(replace(table, rows=(one, *rest)), row, baseline, metric) for one in alone]
+def _over(row: Row, baseline: Row, metric: str) -> np.ndarray:
+    """The row's metric of each seed over the baseline's; NaN where that is not positive."""
+    theirs = baseline.mean(metric)
+    return np.array([c.scores[metric].mean for c in row.comparisons]) / (theirs if theirs > 0 else math.nan)
 
 
 def render_aggregates(aggregates: Mapping[str, Aggregate], title: str = "") -> str:
@@ -485,8 +493,8 @@ def render_aggregates(aggregates: Mapping[str, Aggregate], title: str = "") -> s
         f"ratio: {first.metric} of the model over that of the time's best training-free baseline, mean over seeds"
         " (± standard deviation over seeds).",
         f"{first.metric}: {first.definition}.",
-        "score: (model - baseline) / (floor - baseline) at equal numbers of cells, not clipped: 0 that baseline, 1 "
-        "real vs real; over the times whose baseline is not yet as good as the floor.",
+        "score: (model - baseline) / (floor - baseline) of the means over times, in units of the baseline, at equal "
+        "numbers of cells, not clipped: 0 that baseline, 1 real vs real.",
         f"95 %: bootstrap interval over times and seeds, {N_RESAMPLES} resamples; none from fewer than {LEAST_UNITS} "
         "times.",
     ]
@@ -515,6 +523,7 @@ def aggregate_to_json_dict(aggregates: Mapping[str, Aggregate]) -> dict[str, Any
             "n_failed": one.n_failed,
             "ratio": [[finite_or_none(v) for v in seed] for seed in one.ratio.tolist()],
             "score": [[finite_or_none(v) for v in seed] for seed in one.score.tolist()],
+            "floor": [finite_or_none(v) for v in one.floor.tolist()],
         }
         for name, one in aggregates.items()
     }

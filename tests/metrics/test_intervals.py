@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from scjax.metrics.intervals import LEAST_UNITS, Interval, interval
+from scjax.metrics.intervals import LEAST_UNITS, Interval, interval, ratio_interval
 
 
 def test_width_is_that_of_a_mean():
@@ -47,6 +47,17 @@ def test_median_is_not_moved_by_one_unit():
     values = np.append(np.random.default_rng(3).normal(size=99), 1e6)[None]
     assert interval(values, statistic="median").high < 1
     assert interval(values).high > 1e3
+
+
+def test_ratio_of_means_takes_both_from_the_same_units():
+    """With equal scales it is the interval of the values; values in proportion to them have one ratio."""
+    rng = np.random.default_rng(5)
+    values, scales = rng.normal(size=(3, 12)), rng.exponential(size=12)
+    plain = interval(values)
+    assert ratio_interval(values, np.full(12, 2.0))[:2] == pytest.approx((plain.low / 2, plain.high / 2))
+    assert ratio_interval(0.3 * scales[None], scales)[:2] == pytest.approx((0.3, 0.3))
+    assert ratio_interval(values, -scales).note == "the scale is not clear of zero"
+    assert ratio_interval(values[:, :3], scales[:3]).note == "3 units, fewer than 5"
 
 
 def test_draws_follow_the_seed():

@@ -261,13 +261,32 @@ def test_aggregate_hides_no_failure():
     assert "failed (2)" in render_aggregates({"model": one})
 
 
-def test_aggregate_leaves_out_scores_without_a_scale():
-    tables = [*times(1.0, 1.5, 1.8, 1.2, 1.3), *times(2.0, floor=2.5)]
+def test_aggregated_score_is_not_decided_by_a_time_without_scale():
+    """Where the floor is just below the baseline a small loss is a huge score; in the mean it weighs by its size."""
+    tables = [*times(1.0, 1.5, 1.8, 1.2, 1.3, seeds=1), *times(2.1, floor=1.9999, seeds=1)]
     one = aggregate(tables)["model"]
-    np.testing.assert_array_equal(one.has_scale, [True] * 5 + [False])
-    assert one.mean_score == pytest.approx(one.score[:, :5].mean())
-    assert one.score_interval().n_units == 5
-    assert one.n_failed == 0
+    assert one.score[0, 5] == pytest.approx(-1000)
+    gains, gaps = np.array([1.0, 0.5, 0.2, 0.8, 0.7, -0.1]), np.array([1.0] * 5 + [0.0001])
+    assert one.mean_score == pytest.approx(gains.sum() / gaps.sum())
+    found = one.score_interval()
+    assert 0 < found.low < one.mean_score < found.high
+    solved = aggregate(times(*[1.9] * 6, floor=2.5))["model"]
+    assert np.isnan(solved.score).all()
+    assert math.isnan(solved.mean_score)
+    assert solved.score_interval().note == "the scale is not clear of zero"
+    assert solved.n_failed == 0
+
+
+def test_aggregate_takes_the_score_at_equal_numbers():
+    rng = np.random.default_rng(4)
+    far = {"far": Baseline(rng.normal(size=(80, 3)) + 2, "")}
+    models = {"true": [rng.normal(size=(80, 3))]}
+    tables = [result_table(str(i), models, far, rng.normal(size=(80, 3)), {"W1": W1}, seed=i) for i in range(2)]
+    one = aggregate(tables)["true"]
+    for i, made in enumerate(tables):
+        assert one.score[0, i] == pytest.approx(normalised_score(made, "true", "far", "W1"))
+        assert one.ratio[0, i] == pytest.approx(made.row("true").mean("W1") / made.row("far").mean("W1"))
+    assert (one.ratio < one.matched).all()
 
 
 @pytest.mark.parametrize(
