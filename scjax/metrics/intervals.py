@@ -4,6 +4,7 @@ The unit that is drawn again is what a claim is to hold for: another perturbatio
 cell, since cells of one population are no independent cases.
 """
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -91,13 +92,11 @@ def interval(
         return none._replace(note=f"{n_units} units, fewer than {least_units}")
     if n_bad := int((~np.isfinite(values)).sum()):
         return none._replace(note=f"{n_bad} values could not be computed")
-    rng = np.random.default_rng(seed)
-    of_seeds = resampled_weights(n_seeds, n_resamples, rng) / n_seeds
+    of_seeds, of_units = _shares(n_seeds, n_units, n_resamples, seed)
     if statistic == "mean":
-        of_units = resampled_weights(n_units, n_resamples, rng) / n_units
         drawn = ((of_seeds @ values) * of_units).sum(axis=1)
     else:
-        taken = rng.integers(n_units, size=(n_resamples, n_units))
+        taken = np.random.default_rng(seed).integers(n_units, size=(n_resamples, n_units))
         drawn = np.median(np.take_along_axis(of_seeds @ values, taken, axis=1), axis=1)
     return none._replace(**dict(zip(("low", "high"), percentiles(drawn, level), strict=True)))
 
@@ -120,9 +119,7 @@ def ratio_interval(
     if not plain.exists:
         return plain
     n_seeds, n_units = values.shape
-    rng = np.random.default_rng(seed)
-    of_seeds = resampled_weights(n_seeds, n_resamples, rng) / n_seeds
-    of_units = resampled_weights(n_units, n_resamples, rng) / n_units
+    of_seeds, of_units = _shares(n_seeds, n_units, n_resamples, seed)
     below = of_units @ scales
     if np.mean(below <= 0) > 0.01 or scales.mean() <= 0:
         return plain._replace(low=math.nan, high=math.nan, note="the scale is not clear of zero")
@@ -135,6 +132,16 @@ def ratio_interval(
 def resampled_weights(n: int, n_resamples: int, rng: np.random.Generator) -> Float[np.ndarray, "_resamples _n"]:
     """How often each of `n` is taken in a resample of `n` with replacement."""
     return rng.multinomial(n, np.full(n, 1 / n), size=n_resamples).astype(np.float64)
+
+
+@functools.lru_cache(maxsize=4)
+def _shares(n_seeds: int, n_units: int, n_resamples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Shares of seeds and of units in each resample; a table asks for the same ones hundreds of times."""
+    rng = np.random.default_rng(seed)
+    made = tuple(resampled_weights(n, n_resamples, rng) / n for n in (n_seeds, n_units))
+    for shares in made:
+        shares.flags.writeable = False
+    return made
 
 
 def percentiles(drawn: Float[np.ndarray, " _resamples"], level: float) -> tuple[float, float]:
