@@ -25,9 +25,21 @@ from scjax.metrics.expression import (
     Profiles,
     profiles,
 )
+from scjax.metrics.intervals import LEAST_UNITS, N_RESAMPLES, Interval, interval
 from scjax.metrics.perturbation_baselines import RULES, FittedBaselines, fit_baselines
 from scjax.metrics.population import Metric, draw_cells
-from scjax.metrics.report import KINDS, Table, aligned, decimals_of, environment, finite_or_none, number
+from scjax.metrics.report import (
+    ARROWS,
+    KINDS,
+    Table,
+    aligned,
+    bounds,
+    decimals_of,
+    environment,
+    finite_or_none,
+    losses,
+    number,
+)
 from scjax.types import Population
 
 __all__ = [
@@ -56,7 +68,6 @@ ON_CELLS = (
     "the rule says, their tests call nearly every gene differentially expressed"
 )
 WIDTH = 118  # of a block of columns, in characters
-ARROWS = {"lower is better": " ↓", "higher is better": " ↑", "1 is best": " →1", "no direction": ""}
 
 
 @dataclass(frozen=True)
@@ -107,6 +118,22 @@ class PerturbationRow:
         """Standard deviation over training seeds of the mean over populations; None with fewer than two seeds."""
         values = self.by_population(metric)[:, self.has_value(metric)]
         return float(np.std(values.mean(axis=1), ddof=1)) if len(values) > 1 and values.size else None
+
+    def interval(
+        self,
+        metric: str,
+        level: float = 0.95,
+        *,
+        statistic: str = "mean",
+        n_resamples: int = N_RESAMPLES,
+        seed: int = 0,
+    ) -> Interval:
+        """Bootstrap interval of `mean` (or `median`) over the populations that count and over seeds.
+
+        As `intervals.interval`: none with fewer than five populations, or with a failed value.
+        """
+        values = self.by_population(metric)[:, self.has_value(metric)]
+        return interval(values, level, statistic=statistic, n_resamples=n_resamples, seed=seed)
 
     def n_failed(self, metric: str) -> int:
         """Populations (of any seed) that count and have no value."""
@@ -234,7 +261,7 @@ def normalised_score(table: PerturbationTable, row: str, baseline: str, metric: 
     common = np.logical_and.reduce([r.has_value(metric) for r in three])
     if not common.any():
         return math.nan
-    ours, base, ceiling = (float(np.mean(_loss(chosen, r)[common])) for r in three)
+    ours, base, ceiling = (float(np.mean(_losses(chosen, r)[:, common])) for r in three)
     return (ours - base) / (ceiling - base) if ceiling < base else math.nan
 
 
@@ -243,7 +270,8 @@ def verdict(table: PerturbationTable, model_row: str, metric: str, baseline_rows
 
     A baseline is compared on the populations for which it is defined; the best one is that which the model beats by
     least. `baseline_rows` are all rows of kind "baseline" unless given. The sign test takes populations, not cells, as
-    the independent cases.
+    the independent cases. The difference, model - baseline (of a metric of which 1 is best, of its |log|), has a
+    bootstrap interval over populations and seeds, paired: both rows in the same resample.
     """
     from scipy.stats import binomtest
 
@@ -259,20 +287,20 @@ def verdict(table: PerturbationTable, model_row: str, metric: str, baseline_rows
             f"{metric}: {model_row} FAILED ({n_failed} values could not be computed, {row.n_nonfinite} predicted "
             "cells are not finite)."
         )
-    losses = _loss(chosen, row)
-    gains: dict[str, np.ndarray] = {}
+    ours_lost = _losses(chosen, row)
+    gains: dict[str, np.ndarray] = {}  # [seeds of the model, populations]
     for name in names:
         other = table.row(name)
         common = row.has_value(metric) & other.has_value(metric)
-        if common.any() and np.isfinite(theirs := _loss(chosen, other)[common]).all():
-            gains[name] = theirs - losses[common]
+        if common.any() and np.isfinite(theirs := _losses(chosen, other).mean(axis=0)[common]).all():
+            gains[name] = theirs[None] - ours_lost[:, common]
     if not gains:
         return f"{metric}: no training-free baseline has a value here; nothing to compare {model_row} with."
     best = min(gains, key=lambda name: float(np.mean(gains[name])))
-    gain, common = gains[best], row.has_value(metric) & table.row(best).has_value(metric)
+    gain, common = gains[best].mean(axis=0), row.has_value(metric) & table.row(best).has_value(metric)
     ours, theirs = (float(np.mean(r.by_population(metric)[:, common])) for r in (row, table.row(best)))
-    wins, losses_ = int(np.sum(gain > 0)), int(np.sum(gain < 0))
-    p = binomtest(wins, wins + losses_).pvalue if wins + losses_ else 1.0
+    wins, beaten = int(np.sum(gain > 0)), int(np.sum(gain < 0))
+    p = binomtest(wins, wins + beaten).pvalue if wins + beaten else 1.0
     some = (
         ""
         if common.sum() == row.has_value(metric).sum()
@@ -289,24 +317,38 @@ def verdict(table: PerturbationTable, model_row: str, metric: str, baseline_rows
     unclear = seeds is not None and abs(ours - theirs) < seeds
     spread = f"; the difference is smaller than the spread over seeds, {number(seeds)}" if unclear else ""
     tested = isinstance(chosen, ExpressionMetric) and "de" in chosen.needs
+    between = _difference(chosen, gains[best])
     unfair = "; the tests do not suit the cells of the baselines (see the table's foot)" if tested else ""
     return (
         f"{metric}: {model_row} {'BEATS' if np.mean(gain) > 0 else 'DOES NOT BEAT'} the best training-free baseline, "
-        f"{best}{some}: {number(ours)} against {number(theirs)}{better}{scale}{spread}{unfair}."
+        f"{best}{some}: {number(ours)} against {number(theirs)}{between}{better}{scale}{spread}{unfair}."
+    )
+
+
+def _difference(metric: ExpressionMetric | Metric, gains: Float[np.ndarray, "_seeds _populations"]) -> str:
+    """Of what is better by `gains`, minus the other, in the metric's own sense; with its interval."""
+    sign = 1 if metric.direction == "higher is better" else -1
+    found = interval(sign * gains)
+    what = "difference of |log|" if metric.direction == "1 is best" else "difference"
+    return f"; {what} {number(float(np.mean(sign * gains)))} " + (
+        f"{bounds(found)}{'' if found.clear_of_zero else ', which holds 0'}"
+        if found.exists
+        else f"(no interval: fewer than {LEAST_UNITS} populations)"
     )
 
 
 def render(table: PerturbationTable, *, median: bool = False) -> str:
     """The table as text: mean (or median) over populations, +- over seeds, definitions, notes and failures below.
 
-    Columns that do not fit beside each other follow in further blocks.
+    The line below a row holds the 95 % bootstrap intervals over populations and seeds. Columns that do
+    not fit beside each other follow in further blocks.
     """
     floors = table.of_kind("floor")
     rest = [row for row in table.rows if row not in floors]
     lines = [table.title]
     for block in _blocks(table, median):
         head = ["", *(m.name + ARROWS[m.direction] for m in block)]
-        cells = [[[row.name, *(_cell(row, m.name, median) for m in block)] for row in rows] for rows in (rest, floors)]
+        cells = [[line for row in rows for line in _lines(row, block, median)] for rows in (rest, floors)]
         lines += aligned(head, *cells)
     several = any(len(values) > 1 for row in table.rows for values in row.values.values())
     numbers = _range(table.n_cells)
@@ -316,11 +358,24 @@ def render(table: PerturbationTable, *, median: bool = False) -> str:
         f"{_plural(table.n_training, 'training perturbation')}."
         + (" ± is the standard deviation over seeds, of the mean." if several else "")
     )
+    if any(row.interval(m.name).exists for row in table.rows for m in table.metrics):
+        lines.append(
+            f"[low, high]: 95 % bootstrap interval of the {'median' if median else 'mean'} over populations"
+            f"{' and seeds' if several else ''}, {N_RESAMPLES} resamples; none from fewer than {LEAST_UNITS} "
+            "populations."
+        )
+    else:
+        lines.append(f"No bootstrap intervals: fewer than {LEAST_UNITS} populations with a value.")
     equal = [m.name for m in table.metrics if _equal(m)]
     if equal:
         lines.append(f"{numbers} cells of either side, mean of {table.n_draws} draws: {', '.join(equal)}.")
     lines.append(f"x is {table.unit}; real controls on both sides.")
     lines += [f"{m.name} [{m.unit}]: {m.definition}." for m in table.metrics]
+    for m in table.metrics:
+        beyond = [n for n in table.n_cells if isinstance(m, Metric) and m.approximation(n)]
+        if beyond:
+            of_all = _plural(len(table.populations), "population")
+            lines.append(f"{m.name}: for {len(beyond)} of {of_all} (more than {m.exact_up_to} cells) the {m.beyond}.")
     lines += [f"{row.name}: {_notes(row)}." for row in table.rows if _notes(row)]
     if table.of_kind("baseline"):
         lines.append(f"Cells of the baselines: {ON_CELLS}.")
@@ -607,15 +662,8 @@ def _equal(metric: ExpressionMetric | Metric) -> bool:
     return isinstance(metric, Metric) or metric.equal_cells
 
 
-def _loss(metric: ExpressionMetric | Metric, row: PerturbationRow) -> Float[np.ndarray, " _populations"]:
-    """Smaller is better, by population; of the mean over seeds, where the metric is not already a loss of that."""
-    values = row.by_population(metric.name)
-    if metric.direction == "higher is better":
-        values = -values
-    elif metric.direction == "1 is best":
-        with np.errstate(divide="ignore", invalid="ignore"):
-            values = np.abs(np.log(values))
-    return values.mean(axis=0)
+def _losses(metric: ExpressionMetric | Metric, row: PerturbationRow) -> Float[np.ndarray, "_seeds _populations"]:
+    return losses(metric.direction, row.by_population(metric.name))
 
 
 def _scores(row: PerturbationRow, metric: str) -> dict[str, Any]:
@@ -623,6 +671,7 @@ def _scores(row: PerturbationRow, metric: str) -> dict[str, Any]:
         "mean": finite_or_none(row.mean(metric)),
         "median": finite_or_none(row.median(metric)),
         "sd_seeds": finite_or_none(row.sd_seeds(metric)),
+        "interval": row.interval(metric).to_json_dict(),
         "n_failed": row.n_failed(metric),
         "n_undefined": row.n_undefined(metric),
         "by_population": [[finite_or_none(float(v)) for v in seed] for seed in row.by_population(metric)],
@@ -644,13 +693,22 @@ def _blocks(table: PerturbationTable, median: bool) -> list[list[ExpressionMetri
     blocks, used = [[]], first
     for m in table.metrics:
         heading = m.name + ARROWS[m.direction]
-        width = 2 + max(len(heading), *(len(_cell(row, m.name, median)) for row in table.rows))
+        texts = [line[1] for row in table.rows for line in _lines(row, [m], median)]
+        width = 2 + max(len(heading), *map(len, texts))
         if blocks[-1] and used + width > WIDTH:
             blocks.append([])
             used = first
         blocks[-1].append(m)
         used += width
     return blocks
+
+
+def _lines(row: PerturbationRow, block: Sequence[ExpressionMetric | Metric], median: bool) -> list[list[str]]:
+    """The row's line, and the one of its intervals, where it has any."""
+    statistic = "median" if median else "mean"
+    intervals = [row.interval(m.name, statistic=statistic) for m in block]
+    below = [bounds(found) if found.exists else "" for found in intervals]
+    return [[row.name, *(_cell(row, m.name, median) for m in block)], *([["", *below]] if any(below) else [])]
 
 
 def _cell(row: PerturbationRow, metric: str, median: bool) -> str:

@@ -1,4 +1,7 @@
-"""Tables of a comparison: model rows beside training-free baselines and the real-vs-real floor, and what they say."""
+"""Tables of a comparison: model rows beside training-free baselines and the real-vs-real floor, and what they say.
+
+One table is one held-out time; `aggregate` says what several of them say together, with intervals.
+"""
 
 import math
 import platform
@@ -9,28 +12,37 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from scjax import __version__, check
 from scjax.metrics.baselines import Baseline, replicate_floor
+from scjax.metrics.intervals import LEAST_UNITS, N_RESAMPLES, Interval, interval, ratio_interval
 from scjax.metrics.population import POPULATION_METRICS, Cells, Comparison, Metric, compare_populations
 
 __all__ = [
+    "Aggregate",
     "ResultTable",
     "Row",
     "Table",
+    "aggregate",
+    "aggregate_to_json_dict",
     "aligned",
+    "bounds",
     "decimals_of",
     "environment",
     "finite_or_none",
+    "losses",
     "normalised_score",
     "number",
     "render",
+    "render_aggregates",
     "result_table",
     "to_json_dict",
     "verdict",
 ]
 
 KINDS = ("model", "baseline", "floor")
+ARROWS = {"lower is better": " ↓", "higher is better": " ↑", "1 is best": " →1", "no direction": ""}
 
 
 class Table:
@@ -71,12 +83,14 @@ class Row:
         kind: "model", "baseline" (fitted on training data without training) or "floor" (real against real).
         comparisons: one for each training seed of a model, one for a baseline; none where the rule is not defined.
         note: what the rule did, or why it is not defined here.
+        matched: the same at the floor's number of cells, where that is smaller; else empty.
     """
 
     name: str
     kind: str
     comparisons: tuple[Comparison, ...]
     note: str = ""
+    matched: tuple[Comparison, ...] = ()
 
     def __post_init__(self):
         check.one_of("kind", self.kind, KINDS)
@@ -95,6 +109,10 @@ class Row:
         means = self._means(metric)
         return float(np.std(means, ddof=1)) if len(means) > 1 else None
 
+    def at_floor(self) -> "Row":
+        """The row at the floor's number of cells: what may be compared with the floor."""
+        return Row(self.name, self.kind, self.matched, self.note) if self.matched else self
+
     def n_failed(self, metric: str) -> int:
         return sum(c.scores[metric].n_failed for c in self.comparisons)
 
@@ -110,6 +128,8 @@ class Row:
 @dataclass(frozen=True)
 class ResultTable(Table):
     """Rows are predictors, columns are metrics; all but the floor at the same cell numbers.
+
+    Where the floor has fewer cells than the others, every row is there at the floor's number too (`Row.matched`).
 
     Attributes:
         title: what was predicted: data set, held-out time, space.
@@ -142,6 +162,10 @@ def result_table(
 ) -> ResultTable:
     """All predictors against the same draws of real cells, at the same cell numbers, with the floor as the last row.
 
+    Disjoint parts of the real cells hold half of them at most. With more cells in a draw the predictors are
+    compared once more at the floor's number, in repeated draws: distances shrink with the number of cells, so only
+    equal numbers tell how far above the floor a prediction lies (`normalised_score`).
+
     Args:
         title: what was predicted.
         models: predicted cells of each model, one array for each of its training seeds.
@@ -163,30 +187,44 @@ def result_table(
     populations += [b.cells for b in baselines.values() if b.cells is not None]
     n = min(len(p) for p in populations) if n_cells is None else n_cells
 
-    def compared(pred: Cells) -> Comparison:
-        return compare_populations(pred, real, metrics, n_cells=n, n_draws=n_draws, seed=seed)
-
-    rows = [Row(name, "model", tuple(compared(p) for p in seeds)) for name, seeds in models.items()]
-    rows += [
-        Row(name, "baseline", () if b.cells is None else (compared(b.cells),), b.note) for name, b in baselines.items()
-    ]
     floor = replicate_floor(real, metrics, n_cells=n, n_draws=n_draws, seed=seed)
+
+    def compared(predictions: Sequence[Cells], n_cells: int) -> tuple[Comparison, ...]:
+        settings = {"n_cells": n_cells, "n_draws": n_draws, "seed": seed}
+        return tuple(compare_populations(pred, real, metrics, **settings) for pred in predictions)
+
+    def row(name: str, kind: str, predictions: Sequence[Cells], note: str = "") -> Row:
+        matched = compared(predictions, floor.n_cells) if floor.n_cells < n else ()
+        return Row(name, kind, compared(predictions, n), note, matched)
+
+    rows = [row(name, "model", seeds) for name, seeds in models.items()]
+    rows += [row(name, "baseline", () if b.cells is None else (b.cells,), b.note) for name, b in baselines.items()]
     fewer = f", {floor.n_cells} cells each: pessimistic" if floor.n_cells < n else f", {floor.n_cells} cells each"
     rows.append(Row("real vs real (floor)", "floor", (floor,), "random disjoint parts of the real cells" + fewer))
     return ResultTable(title, tuple(metrics.values()), tuple(rows), n, n_draws, seed, unit, provenance)
 
 
+def losses(direction: str, values: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+    """The values so that smaller is better: negated, or their |log| where 1 is best."""
+    if direction == "1 is best":
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.abs(np.log(values))
+    return -values if direction == "higher is better" else values
+
+
 def normalised_score(table: ResultTable, row: str, baseline: str, metric: str) -> float:
     """(row - baseline) / (floor - baseline): 0 as good as the baseline, 1 as good as real cells, not clipped.
 
-    Below 0 is worse than the baseline. NaN where one of the three is, or where baseline and floor are equal.
+    All three at the floor's number of cells; a metric of which 1 is best enters as its |log|. Below 0 is worse than the
+    baseline. NaN where one of the three is, or where the floor is not better than the baseline and spans no scale.
     """
-    table.metric(metric)
+    chosen = table.metric(metric)
     floors = table.of_kind("floor")
     if not floors:
         raise ValueError("the table has no floor row to normalise by.")
-    base, floor = table.row(baseline).mean(metric), floors[0].mean(metric)
-    return (table.row(row).mean(metric) - base) / (floor - base) if floor != base else math.nan
+    three = np.array([r.at_floor().mean(metric) for r in (table.row(row), table.row(baseline), floors[0])])
+    ours, base, floor = (float(loss) for loss in losses(chosen.direction, three))
+    return (ours - base) / (floor - base) if floor < base else math.nan
 
 
 def verdict(table: ResultTable, model_row: str, metric: str, baseline_rows: Sequence[str] | None = None) -> str:
@@ -196,22 +234,19 @@ def verdict(table: ResultTable, model_row: str, metric: str, baseline_rows: Sequ
     several, else over draws of cells; a difference smaller than it is called so.
     """
     chosen = table.metric(metric)
-    lower = chosen.direction == "lower is better"
-    names = [row.name for row in table.of_kind("baseline")] if baseline_rows is None else list(baseline_rows)
-    values = {name: table.row(name).mean(metric) for name in names}
-    defined = {name: value for name, value in values.items() if math.isfinite(value)}
-    if not defined:
+    best = _best_baseline(table, metric, baseline_rows)
+    if best is None:
         return f"{metric}: no training-free baseline is defined here; nothing to compare {model_row} with."
-    best = min(defined, key=defined.__getitem__) if lower else max(defined, key=defined.__getitem__)
     row = table.row(model_row)
-    ours, theirs = row.mean(metric), defined[best]
+    ours, theirs = row.mean(metric), table.row(best).mean(metric)
     if not math.isfinite(ours):
         return (
             f"{metric}: {model_row} FAILED ({row.n_failed(metric)} values could not be computed, "
             f"{row.n_nonfinite} predicted cells are not finite); the best training-free baseline, {best}, has "
             f"{number(theirs)}."
         )
-    wins = ours < theirs if lower else ours > theirs
+    ours_lost, theirs_lost = losses(chosen.direction, np.array([ours, theirs]))
+    wins = ours_lost < theirs_lost
     ratio = f", ratio {ours / theirs:.3f}" if theirs > 0 else ""
     seeds = row.sd_seeds(metric)
     spread, over = (row.sd_draws(metric), "draws") if seeds is None else (seeds, "seeds")
@@ -222,15 +257,31 @@ def verdict(table: ResultTable, model_row: str, metric: str, baseline_rows: Sequ
     )
 
 
+def _best_baseline(table: ResultTable, metric: str, names: Sequence[str] | None = None) -> str | None:
+    """The one with the best mean of those that have one; None where none has."""
+    names = [row.name for row in table.of_kind("baseline")] if names is None else list(names)
+    values = np.array([table.row(name).mean(metric) for name in names])
+    lost = losses(table.metric(metric).direction, values)
+    return names[int(np.nanargmin(lost))] if np.isfinite(lost).any() else None
+
+
 def render(table: ResultTable) -> str:
-    """The table as text of aligned columns: mean +- spread, an arrow towards better, definitions and notes below."""
+    """The table as text of aligned columns: mean +- spread, an arrow towards better, definitions and notes below.
+
+    Where the floor has fewer cells, a second block has all rows at the floor's number.
+    """
     several = any(len(row.comparisons) > 1 for row in table.rows)
-    arrows = {"lower is better": "↓", "higher is better": "↑"}
-    head = ["", *(f"{m.name} {arrows[m.direction]}" for m in table.metrics)]
+    head = ["", *(m.name + ARROWS[m.direction] for m in table.metrics)]
     floors = table.of_kind("floor")
-    body = [[row.name, *(_cell(row, m.name) for m in table.metrics)] for row in table.rows if row not in floors]
-    last = [[row.name, *(_cell(row, m.name) for m in table.metrics)] for row in floors]
-    lines = [table.title, *aligned(head, body, last)]
+    rest = [row for row in table.rows if row not in floors]
+
+    def block(rows: Sequence[Row]) -> list[list[str]]:
+        return [[row.name, *(_cell(row, m) for m in table.metrics)] for row in rows]
+
+    lines = [table.title, *aligned(head, block(rest), block(floors))]
+    if matched := [row.at_floor() for row in rest if row.matched]:
+        lines.append(f"The same with {matched[0].comparisons[0].n_cells} cells of each population, as the floor has:")
+        lines += aligned(head, block(matched), block(floors))
     whole = any(c.n_draws < table.n_draws for row in table.rows for c in row.comparisons)
     drawn = f"{table.n_cells} cells of each population, mean of {table.n_draws} draws"
     drawn += " (of one, where both populations are used whole); " if whole else "; "
@@ -239,6 +290,9 @@ def render(table: ResultTable) -> str:
         lines[-1] += " (rows with one seed: over draws)"
     lines.append(f"x is the {table.unit}.")
     lines += [f"{m.name} [{m.unit}]: {m.definition}." for m in table.metrics]
+    if approximate := [m for m in table.metrics if any(_approximation(row, m) for row in table.rows)]:
+        how = "; ".join(f"{m.name} of more than {m.exact_up_to} cells is the {m.beyond}" for m in approximate)
+        lines.append(f"≈: not by the definition: {how}.")
     lines += [f"{row.name}: {_notes(row)}." for row in table.rows if _notes(row)]
     failed = sum(row.n_failed(m.name) for row in table.rows for m in table.metrics)
     lines.append(f"Values that could not be computed: {failed}.")
@@ -269,21 +323,209 @@ def to_json_dict(table: ResultTable) -> dict[str, Any]:
                 "n_draws": [c.n_draws for c in row.comparisons],
                 "repeated": [c.repeated for c in row.comparisons],
                 "n_nonfinite_cells": row.n_nonfinite,
-                "scores": {
-                    m.name: {
-                        "mean": finite_or_none(row.mean(m.name)),
-                        "sd_draws": finite_or_none(row.sd_draws(m.name)),
-                        "sd_seeds": finite_or_none(row.sd_seeds(m.name)),
-                        "n_failed": row.n_failed(m.name),
-                        "values": [[finite_or_none(v) for v in c.scores[m.name].values] for c in row.comparisons],
-                    }
-                    for m in table.metrics
+                "scores": {m.name: _scores(row, m) for m in table.metrics},
+                "at_floor": None
+                if not row.matched
+                else {
+                    "n_cells": row.matched[0].n_cells,
+                    "n_draws": row.matched[0].n_draws,
+                    "scores": {m.name: _scores(row.at_floor(), m) for m in table.metrics},
                 },
             }
             for row in table.rows
         ],
         "environment": environment(),
         "provenance": dict(table.provenance),
+    }
+
+
+@dataclass(frozen=True)
+class Aggregate:
+    """A model beside the best training-free baseline of each held-out time.
+
+    Attributes:
+        model: name of the row.
+        metric: of which lower is better, by its name.
+        definition: of the metric.
+        unit_names: titles of the tables, one a held-out time.
+        best: name of the best baseline of each time, chosen with the truth at hand: a hard opponent.
+        ratio: metric of the model over that of this baseline, [seeds, times]; NaN where the model failed, or where
+            there is no baseline with a positive value.
+        matched: the same ratio at the floor's number of cells.
+        floor: the floor over that baseline at that number, [times]; at 1 or above nothing is left to gain there.
+    """
+
+    model: str
+    metric: str
+    definition: str
+    unit_names: tuple[str, ...]
+    best: tuple[str | None, ...]
+    ratio: Float[np.ndarray, "_seeds _times"]
+    matched: Float[np.ndarray, "_seeds _times"]
+    floor: Float[np.ndarray, " _times"]
+
+    @property
+    def mean_ratio(self) -> float:
+        """Over times, of the mean over seeds; NaN with any failed value."""
+        return float(self.ratio.mean())
+
+    @property
+    def score(self) -> Float[np.ndarray, "_seeds _times"]:
+        """`normalised_score` beside the best baseline, not clipped; NaN where that is as good as the floor."""
+        gap = np.where(self.floor < 1, 1 - self.floor, np.nan)
+        return (1 - self.matched) / gap[None]
+
+    @property
+    def mean_score(self) -> float:
+        """(model - baseline) / (floor - baseline) of the means over times of each in units of the baseline.
+
+        Not the mean of `score`, which a time with next to nothing to gain would decide. NaN with a failed value, or
+        where the floor is not below the baseline on average.
+        """
+        gap = 1 - self.floor.mean()
+        return float((1 - self.matched).mean() / gap) if gap > 0 else math.nan
+
+    @property
+    def n_failed(self) -> int:
+        """Ratios, of all seeds and times, that could not be computed."""
+        return int((~np.isfinite(self.ratio)).sum())
+
+    @property
+    def share_at_most_one(self) -> float:
+        """Of the times: where the ratio, mean over seeds, is at most 1. A failed time counts as one where it is not."""
+        return float(np.mean(self.ratio.mean(axis=0) <= 1))
+
+    def ratio_interval(self, level: float = 0.95, *, n_resamples: int = N_RESAMPLES, seed: int = 0) -> Interval:
+        """Of `mean_ratio`, over times and seeds (`intervals.interval`)."""
+        return interval(self.ratio, level, n_resamples=n_resamples, seed=seed)
+
+    def score_interval(self, level: float = 0.95, *, n_resamples: int = N_RESAMPLES, seed: int = 0) -> Interval:
+        """Of `mean_score`, over times and seeds (`intervals.ratio_interval`)."""
+        return ratio_interval(1 - self.matched, 1 - self.floor, level, n_resamples=n_resamples, seed=seed)
+
+
+def aggregate(
+    tables: Sequence[ResultTable],
+    metric: str = "W1",
+    *,
+    models: Sequence[str] | None = None,
+    baseline_rows: Sequence[str] | None = None,
+) -> dict[str, Aggregate]:
+    """What several tables say together: all held-out times of a data set, or of several, each weighing the same.
+
+    Args:
+        tables: one a held-out time, with the same models of the same number of seeds.
+        metric: lower is better, and positive: a ratio has no other sense.
+        models: rows; all of kind "model" unless given.
+        baseline_rows: as in `verdict`.
+
+    Raises:
+        ValueError: no tables; another direction, or tables with different definitions of the metric; a model that is
+            not in every table, or with another number of seeds.
+    """
+    if not tables:
+        raise ValueError("tables must hold at least one table; it is empty.")
+    chosen = tables[0].metric(metric)
+    if chosen.direction != "lower is better":
+        raise ValueError(f"aggregate takes a metric of which lower is better; {metric} says {chosen.direction!r}.")
+    for table in tables:
+        if table.metric(metric).definition != chosen.definition:
+            raise ValueError(
+                f"{metric} has two definitions, {chosen.definition!r} and {table.metric(metric).definition!r}: values "
+                "under them are not comparable."
+            )
+    names = [row.name for row in tables[0].of_kind("model")] if models is None else list(models)
+    best = tuple(_best_baseline(table, metric, baseline_rows) for table in tables)
+    made = {}
+    for name in names:
+        seeds = [len(table.row(name).comparisons) for table in tables]
+        if len(set(seeds)) > 1 or not seeds[0]:
+            raise ValueError(f"model {name!r} must have as many seeds in every table, one at least; got {seeds}.")
+        ratio, matched = np.full((2, seeds[0], len(tables)), math.nan)
+        floor = np.full(len(tables), math.nan)
+        for i, (table, baseline) in enumerate(zip(tables, best, strict=True)):
+            if baseline is None:
+                continue
+            row, other = table.row(name), table.row(baseline)
+            ratio[:, i] = _over(row, other, metric)
+            matched[:, i] = _over(row.at_floor(), other.at_floor(), metric)
+            if floors := table.of_kind("floor"):
+                floor[i] = _over(floors[0], other.at_floor(), metric)[0]
+        titles = tuple(table.title for table in tables)
+        made[name] = Aggregate(name, metric, chosen.definition, titles, best, ratio, matched, floor)
+    return made
+
+
+def _over(row: Row, baseline: Row, metric: str) -> np.ndarray:
+    """The row's metric of each seed over the baseline's; NaN where that is not positive."""
+    theirs = baseline.mean(metric)
+    return np.array([c.scores[metric].mean for c in row.comparisons]) / (theirs if theirs > 0 else math.nan)
+
+
+def render_aggregates(aggregates: Mapping[str, Aggregate], title: str = "") -> str:
+    """One line a model: mean ratio, share of times, normalised score, intervals; then the ratio of each time."""
+    head = ["", "mean ratio ↓", "95 %", "times at most 1", "score ↑", "95 %", "failed"]
+    body = []
+    for name, one in aggregates.items():
+        ratio, score = one.ratio_interval(), one.score_interval()
+        n_times = len(one.unit_names)
+        body.append(
+            [
+                name,
+                number(one.mean_ratio) if math.isfinite(one.mean_ratio) else "-",
+                bounds(ratio) if ratio.exists else "-",
+                f"{round(one.share_at_most_one * n_times)} of {n_times}",
+                number(one.mean_score) if math.isfinite(one.mean_score) else "-",
+                bounds(score) if score.exists else "-",
+                str(one.n_failed),
+            ]
+        )
+    first = next(iter(aggregates.values()))
+    lines = [title] if title else []
+    lines += aligned(head, body)
+    each = ["ratio of each time", *aggregates, "best training-free baseline"]
+    rows = [
+        [unit, *(_ratio_cell(one.ratio[:, i]) for one in aggregates.values()), first.best[i] or "none"]
+        for i, unit in enumerate(first.unit_names)
+    ]
+    lines += aligned(each, rows)
+    lines += [
+        f"ratio: {first.metric} of the model over that of the time's best training-free baseline, mean over seeds"
+        " (± standard deviation over seeds).",
+        f"{first.metric}: {first.definition}.",
+        "score: (model - baseline) / (floor - baseline) of the means over times, in units of the baseline, at equal "
+        "numbers of cells, not clipped: 0 that baseline, 1 real vs real.",
+        f"95 %: bootstrap interval over times and seeds, {N_RESAMPLES} resamples; none from fewer than {LEAST_UNITS} "
+        "times.",
+    ]
+    return "\n".join(lines)
+
+
+def _ratio_cell(ratios: np.ndarray) -> str:
+    if not np.isfinite(ratios).all():
+        return f"failed ({int((~np.isfinite(ratios)).sum())})"
+    return f"{ratios.mean():.3f}" + (f" ± {ratios.std(ddof=1):.3f}" if len(ratios) > 1 else "")
+
+
+def aggregate_to_json_dict(aggregates: Mapping[str, Aggregate]) -> dict[str, Any]:
+    """Everything of the aggregates as plain values for `json`; NaN becomes None."""
+    return {
+        name: {
+            "metric": one.metric,
+            "definition": one.definition,
+            "times": list(one.unit_names),
+            "best_baseline": list(one.best),
+            "mean_ratio": finite_or_none(one.mean_ratio),
+            "ratio_interval": one.ratio_interval().to_json_dict(),
+            "share_at_most_one": one.share_at_most_one,
+            "mean_score": finite_or_none(one.mean_score),
+            "score_interval": one.score_interval().to_json_dict(),
+            "n_failed": one.n_failed,
+            "ratio": [[finite_or_none(v) for v in seed] for seed in one.ratio.tolist()],
+            "score": [[finite_or_none(v) for v in seed] for seed in one.score.tolist()],
+            "floor": [finite_or_none(v) for v in one.floor.tolist()],
+        }
+        for name, one in aggregates.items()
     }
 
 
@@ -309,18 +551,34 @@ def aligned(head: Sequence[str], body: Sequence[Sequence[str]], last: Sequence[S
     return [rule, one(head).rstrip(), rule, *map(one, body), *([rule, *map(one, last)] if last else []), rule]
 
 
-def _cell(row: Row, metric: str) -> str:
+def _scores(row: Row, metric: Metric) -> dict[str, Any]:
+    return {
+        "mean": finite_or_none(row.mean(metric.name)),
+        "sd_draws": finite_or_none(row.sd_draws(metric.name)),
+        "sd_seeds": finite_or_none(row.sd_seeds(metric.name)),
+        "n_failed": row.n_failed(metric.name),
+        "approximation": _approximation(row, metric),
+        "values": [[finite_or_none(v) for v in c.scores[metric.name].values] for c in row.comparisons],
+    }
+
+
+def _approximation(row: Row, metric: Metric) -> str:
+    return metric.approximation(max((c.n_cells for c in row.comparisons), default=0))
+
+
+def _cell(row: Row, metric: Metric) -> str:
     if not row.comparisons:
         return "-"
-    mean = row.mean(metric)
+    mean = row.mean(metric.name)
     if not math.isfinite(mean):
-        return f"failed ({row.n_failed(metric)})"
-    seeds = row.sd_seeds(metric)
-    spread = row.sd_draws(metric) if seeds is None else seeds
+        return f"failed ({row.n_failed(metric.name)})"
+    seeds = row.sd_seeds(metric.name)
+    spread = row.sd_draws(metric.name) if seeds is None else seeds
     decimals = decimals_of(max(abs(mean), spread))
+    mark = "≈" if _approximation(row, metric) else ""
     if decimals is None:
-        return f"{mean:.3e} ± {spread:.0e}"
-    return f"{mean:.{decimals}f} ± {spread:.{decimals}f}"
+        return f"{mark}{mean:.3e} ± {spread:.0e}"
+    return f"{mark}{mean:.{decimals}f} ± {spread:.{decimals}f}"
 
 
 def _notes(row: Row) -> str:
@@ -336,6 +594,14 @@ def number(value: float) -> str:
     """With four digits, or with an exponent."""
     decimals = decimals_of(value)
     return f"{value:.3e}" if decimals is None else f"{value:.{decimals}f}"
+
+
+def bounds(found: Interval) -> str:
+    """`[low, high]` with as many decimals as the larger of the two asks for."""
+    decimals = decimals_of(max(abs(found.low), abs(found.high)))
+    if decimals is None:
+        return f"[{found.low:.2e}, {found.high:.2e}]"
+    return f"[{found.low:.{decimals}f}, {found.high:.{decimals}f}]"
 
 
 def decimals_of(value: float) -> int | None:

@@ -295,3 +295,67 @@ def test_unknown_names_are_answered(table):
         verdict(table, "god", "l2")
     with pytest.raises(ValueError, match="no metric is called 'l3'"):
         verdict(table, "good", "l3")
+
+
+def seven(gain, seeds=3):
+    """Populations of very different difficulty; the model is better by `gain` on each, seeds differ by a hundredth."""
+    hard = np.array([1.0, 2, 4, 8, 16, 32, 64])
+    model = [hard - gain + 0.01 * s for s in range(seeds)]
+    return by_hand(row("m", "model", *model), row("b", "baseline", hard), row("r", "floor", hard / 4))
+
+
+def test_interval_is_over_populations_and_seeds():
+    made = seven(0.5)
+    found = made.row("m").interval("l2")
+    assert found.low < made.row("m").mean("l2") < found.high
+    assert (found.n_units, found.n_seeds) == (7, 3)
+    middle = made.row("m").interval("l2", statistic="median")
+    assert middle.high <= 64 - 0.4
+    assert by_hand(row("m", "model", [1.0, 2.0])).row("m").interval("l2").note == "2 units, fewer than 5"
+    some = row("m", "model", [1.0, 2, 3, 4, 5, 6, np.nan], counted=[True] * 6 + [False])
+    assert some.interval("l2").n_units == 6
+    assert "could not be computed" in row("m", "model", [1.0, 2, 3, 4, 5, np.nan]).interval("l2").note
+
+
+def test_verdict_has_the_paired_interval_of_the_difference():
+    """The populations lie far apart and the difference does not; one that is not there holds zero."""
+    line = verdict(seven(0.5), "m", "l2")
+    assert "; difference -0.4900 [-0.5000, -0.4800];" in line
+    assert "difference 0.5100 [0.5000, 0.5200]" in verdict(seven(-0.5), "m", "l2")
+    assert ", which holds 0;" in verdict(seven(0.01), "m", "l2")
+    assert "(no interval: fewer than 5 populations)" in verdict(
+        by_hand(row("m", "model", [1.0]), row("b", "baseline", [2.0])), "m", "l2"
+    )
+
+
+def test_difference_has_the_sign_of_the_metric():
+    rows = (
+        row("m", "model", [0.9] * 6, metric="pearson_delta"),
+        row("b", "baseline", [0.5] * 6, metric="pearson_delta"),
+    )
+    assert "difference 0.4000 [0.4000, 0.4000]" in verdict(by_hand(*rows, metric="pearson_delta"), "m", "pearson_delta")
+    rows = (
+        row("m", "model", [2.0] * 6, metric="variance_ratio"),
+        row("b", "baseline", [0.25] * 6, metric="variance_ratio"),
+    )
+    line = verdict(by_hand(*rows, metric="variance_ratio"), "m", "variance_ratio")
+    assert "difference of |log| -0.6931 [-0.6931, -0.6931]" in line
+
+
+def test_intervals_stand_below_their_values_in_text_and_in_json():
+    made = seven(0.5)
+    found = made.row("m").interval("l2")
+    text = render(made)
+    lines = text.splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("m "))
+    assert lines[at + 1].strip() == f"[{found.low:.2f}, {found.high:.2f}]"
+    assert "95 % bootstrap interval of the mean over populations and seeds, 2000 resamples" in text
+    assert "interval of the median" in render(made, median=True)
+    plain = json.loads(json.dumps(to_json_dict(made), allow_nan=False))["rows"][0]["scores"]["l2"]["interval"]
+    assert (plain["low"], plain["high"], plain["n_units"]) == (found.low, found.high, 7)
+
+
+def test_no_intervals_of_three_populations(table):
+    text = render(table)
+    assert "No bootstrap intervals: fewer than 5 populations with a value." in text
+    assert to_json_dict(table)["rows"][0]["scores"]["l2"]["interval"]["note"] == "3 units, fewer than 5"

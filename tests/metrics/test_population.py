@@ -10,18 +10,26 @@ from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 
 from scjax.metrics.population import (
+    ALL_POPULATION_METRICS,
+    ENERGY_METRICS,
     POPULATION_METRICS,
     Metric,
     compare_populations,
     draw_cells,
     energy_distance,
+    energy_distance_matrix,
+    entropic_wasserstein,
+    hausdorff,
     mmd2,
+    mmd2_metric,
     sinkhorn,
     sinkhorn_metric,
     spread,
     transport_plan,
+    variance_ratio,
     wasserstein1,
     wasserstein2,
+    wasserstein_metric,
 )
 
 DISTANCES = {
@@ -261,3 +269,148 @@ def test_exact_transport_has_no_unit():
     rng = np.random.default_rng(4)
     x, y = rng.normal(size=(30, 3)), rng.normal(size=(40, 3)) + 0.3
     assert wasserstein2(x * 1e-9, y * 1e-9) == pytest.approx(1e-9 * wasserstein2(x, y), rel=1e-9)
+
+
+def pairs(x, y=None, power=1):
+    """Mean distance, of a population with itself over pairs of different cells, too."""
+    d = cdist(x, x if y is None else y) ** power
+    return (d.mean(), d.sum() / (len(d) * (len(d) - 1))) if y is None else d.mean()
+
+
+@pytest.mark.parametrize(
+    ("name", "power", "unbiased"),
+    [
+        ("energy_euclidean_v", 1, 0),
+        ("energy_euclidean_u", 1, 1),
+        ("energy_squared_v", 2, 0),
+        ("energy_squared_u", 2, 1),
+    ],
+)
+def test_energy_variants_are_their_formulas(name, power, unbiased, clouds):
+    x, y = clouds[0][:30] + 1000, clouds[1] + 1000
+    expected = 2 * pairs(x, y, power) - pairs(x, power=power)[unbiased] - pairs(y, power=power)[unbiased]
+    assert ENERGY_METRICS[name].fn(x, y) == pytest.approx(expected, rel=1e-9)
+    assert energy_distance_matrix([x, y], name)[1, 0] == pytest.approx(expected, rel=1e-9)
+
+
+def test_energy_variants_and_each_other(clouds):
+    """Twice the halved one; the squared one is twice the squared distance of the means."""
+    x, y = clouds
+    assert ENERGY_METRICS["energy_euclidean_v"].fn(x, y) == pytest.approx(2 * energy_distance(x, y), rel=1e-4)
+    means = ((x.mean(axis=0) - y.mean(axis=0)) ** 2).sum()
+    assert ENERGY_METRICS["energy_squared_v"].fn(x, y) == pytest.approx(2 * means, rel=1e-12)
+
+
+def test_unbiased_energy_is_zero_on_average():
+    rng = np.random.default_rng(0)
+    values = {name: [] for name in ("energy_euclidean_u", "energy_squared_u", "energy_euclidean_v")}
+    for _ in range(200):
+        x, y = rng.normal(size=(2, 12, 3))
+        for name, of_name in values.items():
+            of_name.append(ENERGY_METRICS[name].fn(x, y))
+    for name in ("energy_euclidean_u", "energy_squared_u"):
+        assert abs(np.mean(values[name])) < 4 * np.std(values[name]) / np.sqrt(200)
+    assert min(values["energy_euclidean_v"]) > 0
+
+
+def test_energy_matrix_is_that_of_all_pairs():
+    """Populations of 1 to 700 cells across the borders of the tiles, single precision, far from the origin."""
+    rng = np.random.default_rng(1)
+    cells = [(rng.normal(size=(n, 6)) + rng.normal(size=6) + 100).astype(np.float32) for n in (3, 700, 1, 40, 512, 9)]
+    made = energy_distance_matrix({i: x for i, x in enumerate(cells)})
+    wide = [x.astype(np.float64) for x in cells]
+    expected = [[pairs(a, b) - pairs(a, a) / 2 - pairs(b, b) / 2 for b in wide] for a in wide]
+    np.testing.assert_allclose(made, expected, atol=1e-12)
+    np.testing.assert_array_equal(made, made.T)
+    np.testing.assert_array_equal(np.diag(made), 0)
+    assert made[0, 1] == pytest.approx(energy_distance(cells[0], cells[1]), rel=1e-4)
+
+
+def test_energy_matrix_of_equal_populations_is_zero():
+    """Each cell is there twice: a distance of zero out of products is not quite zero."""
+    x = np.random.default_rng(2).normal(size=(50, 10)) * 1e3
+    for name in ENERGY_METRICS:
+        if not name.endswith("_u"):
+            assert energy_distance_matrix([x, x[::-1]], name)[0, 1] == pytest.approx(0, abs=1e-6)
+
+
+def test_hausdorff_is_that_of_scipy(clouds):
+    from scipy.spatial.distance import directed_hausdorff
+
+    x, y = clouds[0], clouds[1][:17]
+    expected = max(directed_hausdorff(x, y)[0], directed_hausdorff(y, x)[0])
+    assert hausdorff(x, y) == hausdorff(y, x) == pytest.approx(expected, rel=1e-12)
+    assert hausdorff(x, x[::-1]) == 0
+    stray = np.vstack([x, [[100.0, 0, 0]]])
+    assert hausdorff(stray, x) > 90
+
+
+def test_variance_ratio_is_of_total_variances(clouds):
+    x, _ = clouds
+    assert variance_ratio(x + 5, x) == pytest.approx(1)
+    assert variance_ratio(3 * x, x) == pytest.approx(9)
+    assert variance_ratio(np.tile(x.mean(axis=0), (40, 1)), x) == pytest.approx(0, abs=1e-20)
+    assert math.isnan(variance_ratio(x, np.ones_like(x)))
+
+
+def test_mmd2_of_fixed_kernels(clouds):
+    """The median heuristic written out gives what it gives by itself; other kernels give other values."""
+    x, y = clouds
+    squared = np.sort(cdist(y, y, "sqeuclidean")[np.triu_indices(len(y), 1)])
+    widths = np.sqrt(squared[(len(squared) - 1) // 2] * np.array([0.5, 1, 2, 4]))
+    metric = mmd2_metric(bandwidths=widths.tolist())
+    assert metric.fn(x, y) == pytest.approx(mmd2(x, y), rel=1e-6)
+    assert metric.fn(x, y) != pytest.approx(mmd2_metric(bandwidths=(0.3,)).fn(x, y), rel=0.1)
+    assert f"{widths[0]:g}" in metric.definition
+
+
+@pytest.mark.parametrize("power", [1, 2])
+def test_sinkhorn_encloses_the_exact_distance(power, clouds):
+    """Its plan is a plan, its duals are feasible: the exact value lies between, and near."""
+    x, y = clouds[0][:25], clouds[1]
+    exact = {1: wasserstein1, 2: wasserstein2}[power](x, y)
+    found = entropic_wasserstein(100 * x + 7, 100 * y + 7, power=power)
+    assert found.converged
+    assert 100 * exact * (1 - 1e-5) <= found.value <= 100 * exact * 1.02
+    assert 100 * exact * 0.98 <= found.lower <= 100 * exact * (1 + 1e-5)
+    assert entropic_wasserstein(np.ones((3, 2)), np.ones((4, 2)), power=power).value == 0
+    assert not entropic_wasserstein(100 * x + 7, 100 * y + 7, power=power, max_iterations=1).converged
+
+
+def test_beyond_the_exact_size_the_metric_says_so(clouds):
+    x, y = clouds
+    small, large = wasserstein_metric(1, max_exact=30), wasserstein_metric(1)
+    assert small.fn(x[:30], y[:30]) == wasserstein1(x[:30], y[:30])
+    assert small.approximation(30) == large.approximation(31) == ""
+    assert "Sinkhorn" in small.approximation(31)
+    assert small.fn(x, y) == entropic_wasserstein(x, y, power=1).value
+    assert small.fn(x, y) == pytest.approx(wasserstein1(x, y), rel=0.02)
+
+
+def test_every_metric_explains_itself():
+    assert set(POPULATION_METRICS) < set(ALL_POPULATION_METRICS)
+    assert set(ENERGY_METRICS) < set(ALL_POPULATION_METRICS)
+    assert len({m.definition for m in ALL_POPULATION_METRICS.values()}) == len(ALL_POPULATION_METRICS)
+    for name, metric in ALL_POPULATION_METRICS.items():
+        assert metric.name == name
+        assert metric.direction in {"lower is better", "1 is best"}
+        assert len(metric.definition) > 20
+        assert metric.unit in {"x", "x^2", "1"}
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x: energy_distance_matrix([]), "it is empty"),
+        (lambda x: energy_distance_matrix([x, x[:, :2]]), "equal dims"),
+        (lambda x: energy_distance_matrix([x, x[:0]]), "cells of population 1 must be at least 1"),
+        (lambda x: energy_distance_matrix([x, x * np.nan]), "population 1 must hold finite"),
+        (lambda x: energy_distance_matrix([x], "energy"), "metric must be one of 'Energy'"),
+        (lambda x: energy_distance_matrix([x, x[:1]], "energy_squared_u"), "each population must be at least 2"),
+        (lambda x: entropic_wasserstein(x, x, power=3), "power must be one of 1, 2"),
+        (lambda x: mmd2(x, x, bandwidths=(0.0,)), "a bandwidth must be a positive"),
+    ],
+)
+def test_bad_input_of_the_others_is_named(call, message, clouds):
+    with pytest.raises(ValueError, match=message):
+        call(clouds[0])

@@ -7,8 +7,26 @@ import numpy as np
 import pytest
 
 from scjax.metrics.baselines import Baseline
-from scjax.metrics.population import POPULATION_METRICS, Comparison, Metric, Score
-from scjax.metrics.report import ResultTable, Row, normalised_score, render, result_table, to_json_dict, verdict
+from scjax.metrics.population import (
+    ALL_POPULATION_METRICS,
+    POPULATION_METRICS,
+    Comparison,
+    Metric,
+    Score,
+    wasserstein_metric,
+)
+from scjax.metrics.report import (
+    ResultTable,
+    Row,
+    aggregate,
+    aggregate_to_json_dict,
+    normalised_score,
+    render,
+    render_aggregates,
+    result_table,
+    to_json_dict,
+    verdict,
+)
 
 W1 = POPULATION_METRICS["W1"]
 R2 = Metric("R2", "share of explained variance", "1", "higher is better", lambda pred, real: 0.0)
@@ -112,6 +130,8 @@ def test_all_rows_meet_the_same_cells_in_equal_numbers():
     assert made.n_cells == 45
     assert {c.n_cells for row in made.rows[:4] for c in row.comparisons} == {45}
     assert made.rows[-1].comparisons[0].n_cells == 30
+    assert {(c.n_cells, c.n_draws) for row in made.rows[:4] for c in row.matched} == {(30, 3)}
+    assert [len(row.matched) for row in made.rows] == [2, 1, 1, 0, 0]
     assert "pessimistic" in made.rows[-1].note
     assert verdict(made, "good", "W1").startswith("W1: good BEATS the best training-free baseline, far")
     assert "55 predicted cells are not finite" in verdict(made, "bad", "W1")
@@ -134,5 +154,151 @@ def test_all_rows_meet_the_same_cells_in_equal_numbers():
     ],
 )
 def test_bad_input_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_floor_and_rows_are_compared_at_equal_numbers():
+    """A right model lies at the floor; with all its cells beside half of the real ones it seems to lie below."""
+    rng = np.random.default_rng(1)
+    real, far = rng.normal(size=(80, 4)), Baseline(rng.normal(size=(80, 4)) + 2, "")
+    made = result_table(
+        "t", {"true": [rng.normal(size=(80, 4)) for _ in range(4)]}, {"far": far}, real, {"W1": W1}, n_draws=8, seed=0
+    )
+    row, floor = made.row("true"), made.of_kind("floor")[0]
+    assert row.comparisons[0].n_cells == 80
+    assert row.at_floor().comparisons[0].n_cells == floor.comparisons[0].n_cells == 40
+    assert row.mean("W1") < 0.95 * floor.mean("W1")
+    assert row.at_floor().mean("W1") == pytest.approx(floor.mean("W1"), rel=0.05)
+    assert normalised_score(made, "true", "far", "W1") == pytest.approx(1, abs=0.05)
+    text = render(made)
+    assert "The same with 40 cells of each population, as the floor has:" in text
+    assert text.count("real vs real (floor)  ") == 2
+    plain = to_json_dict(made)["rows"][0]["at_floor"]
+    assert (plain["n_cells"], plain["n_draws"]) == (40, 8)
+    assert plain["scores"]["W1"]["mean"] == row.at_floor().mean("W1")
+    few = result_table("t", {"true": [real]}, {"far": far}, real, {"W1": W1}, n_cells=30, seed=0)
+    assert few.row("true").matched == ()
+    assert {c.n_cells for r in few.rows for c in r.comparisons} == {30}
+    assert "The same with" not in render(few)
+
+
+def test_values_that_are_not_by_the_definition_are_marked():
+    rng = np.random.default_rng(2)
+    metric = wasserstein_metric(1, max_exact=25)
+    made = result_table("t", {"m": [rng.normal(size=(40, 2))]}, {}, rng.normal(size=(40, 2)), {"W1": metric}, seed=0)
+    text = render(made)
+    assert text.count("≈") == 2  # the model's cell, and what it means; the halves of the floor are small enough
+    assert f"W1 of more than 25 cells is the {metric.beyond}" in text
+    scores = [row["scores"]["W1"]["approximation"] for row in to_json_dict(made)["rows"]]
+    assert scores == [metric.beyond, ""]
+
+
+def test_one_is_best_in_a_table_of_populations():
+    """A cloud too wide loses to one a little too narrow."""
+    rng = np.random.default_rng(3)
+    real = rng.normal(size=(60, 2))
+    metric = {"variance_ratio": ALL_POPULATION_METRICS["variance_ratio"]}
+    baselines = {"narrow": Baseline(0.9 * real, ""), "flat": Baseline(0.1 * real, "")}
+    made = result_table("t", {"wide": [2 * real]}, baselines, real, metric, seed=0)
+    assert "wide DOES NOT BEAT the best training-free baseline, narrow" in verdict(made, "wide", "variance_ratio")
+    assert normalised_score(made, "wide", "flat", "variance_ratio") > 0
+    assert normalised_score(made, "wide", "narrow", "variance_ratio") < 0
+    assert "variance_ratio →1" in render(made)
+
+
+def test_a_floor_above_the_baseline_spans_no_scale():
+    assert math.isnan(normalised_score(table((1.5,), baselines=(0.9, 3.0)), "model", "b0", "W1"))
+
+
+def times(*values, seeds=2, floor=1.0, best=2.0):
+    """Tables of several held-out times: the model's value of each, the same for all seeds but for a hundredth."""
+    made = []
+    for i, value in enumerate(values):
+        one = table(*[(value * (1 + 0.01 * s),) for s in range(seeds)], baselines=(best, best + i), floor=floor)
+        made.append(ResultTable(f"time {i}", one.metrics, one.rows, 10, 1, 0))
+    return made
+
+
+def test_aggregate_is_of_ratios_to_the_best_baseline():
+    values = np.array([1.0, 1.5, 1.8, 2.0, 2.5, 1.2])
+    one = aggregate(times(*values))["model"]
+    ratio = values[None] / 2 * np.array([[1.0], [1.01]])
+    np.testing.assert_allclose(one.ratio, ratio)
+    np.testing.assert_allclose(one.score, 2 - values[None] * np.array([[1.0], [1.01]]))
+    assert one.best == ("b0",) * 6
+    assert one.mean_ratio == pytest.approx(ratio.mean())
+    assert one.share_at_most_one == pytest.approx(4 / 6)  # of the fourth time one seed is just above
+    assert one.mean_score == pytest.approx(one.score.mean())
+    found = one.ratio_interval()
+    assert found.low < one.mean_ratio < found.high
+    assert (found.n_units, found.n_seeds) == (6, 2)
+    assert one.score_interval().low < one.mean_score < one.score_interval().high
+
+
+def test_aggregate_in_words_and_as_json():
+    made = {"6 times": aggregate(times(1.0, 1.5, 1.8, 2.0, 2.5, 1.2))["model"]}
+    text = render_aggregates(made, "toy")
+    assert text.startswith("toy\n")
+    for word in ("4 of 6", "[", "b0", W1.definition, "time 5", "0.502 ± 0.004", "2000 resamples"):
+        assert word in text
+    plain = json.loads(json.dumps(aggregate_to_json_dict(made), allow_nan=False))["6 times"]
+    assert plain["mean_ratio"] == pytest.approx(made["6 times"].mean_ratio)
+    assert plain["ratio_interval"]["low"] < plain["mean_ratio"] < plain["ratio_interval"]["high"]
+    few = aggregate(times(1.0, 1.5))
+    assert few["model"].ratio_interval().note == "2 units, fewer than 5"
+    assert "  -  " in render_aggregates(few)
+
+
+def test_aggregate_hides_no_failure():
+    """A failed time: no mean, no interval, and it is not among the times that are won."""
+    one = aggregate(times(1.0, 1.5, 1.8, math.nan, 1.2, 1.3))["model"]
+    assert one.n_failed == 2
+    assert math.isnan(one.mean_ratio)
+    assert math.isnan(one.mean_score)
+    assert one.share_at_most_one == pytest.approx(5 / 6)
+    assert "could not be computed" in one.ratio_interval().note
+    assert "failed (2)" in render_aggregates({"model": one})
+
+
+def test_aggregated_score_is_not_decided_by_a_time_without_scale():
+    """Where the floor is just below the baseline a small loss is a huge score; in the mean it weighs by its size."""
+    tables = [*times(1.0, 1.5, 1.8, 1.2, 1.3, seeds=1), *times(2.1, floor=1.9999, seeds=1)]
+    one = aggregate(tables)["model"]
+    assert one.score[0, 5] == pytest.approx(-1000)
+    gains, gaps = np.array([1.0, 0.5, 0.2, 0.8, 0.7, -0.1]), np.array([1.0] * 5 + [0.0001])
+    assert one.mean_score == pytest.approx(gains.sum() / gaps.sum())
+    found = one.score_interval()
+    assert 0 < found.low < one.mean_score < found.high
+    solved = aggregate(times(*[1.9] * 6, floor=2.5))["model"]
+    assert np.isnan(solved.score).all()
+    assert math.isnan(solved.mean_score)
+    assert solved.score_interval().note == "the scale is not clear of zero"
+    assert solved.n_failed == 0
+
+
+def test_aggregate_takes_the_score_at_equal_numbers():
+    rng = np.random.default_rng(4)
+    far = {"far": Baseline(rng.normal(size=(80, 3)) + 2, "")}
+    models = {"true": [rng.normal(size=(80, 3))]}
+    tables = [result_table(str(i), models, far, rng.normal(size=(80, 3)), {"W1": W1}, seed=i) for i in range(2)]
+    one = aggregate(tables)["true"]
+    for i, made in enumerate(tables):
+        assert one.score[0, i] == pytest.approx(normalised_score(made, "true", "far", "W1"))
+        assert one.ratio[0, i] == pytest.approx(made.row("true").mean("W1") / made.row("far").mean("W1"))
+    assert (one.ratio < one.matched).all()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: aggregate([]), "at least one table"),
+        (lambda: aggregate([table((1.0,), metric=R2)], "R2"), "lower is better; R2 says 'higher is better'"),
+        (lambda: aggregate([*times(1.0), *times(1.0, seeds=3)]), r"as many seeds in every table, .*got \[2, 3\]"),
+        (lambda: aggregate([table((1.0,)), table((1.0,), metric=W1._replace(definition="other"))]), "two definitions"),
+        (lambda: aggregate(times(1.0), models=["modell"]), "no row is called 'modell'"),
+    ],
+)
+def test_bad_input_of_aggregate_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
