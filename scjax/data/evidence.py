@@ -18,7 +18,7 @@ __all__ = ["Cells", "Evidence", "Origin", "Projection"]
 
 Cells: TypeAlias = Literal["training cells", "all cells", "other cells"]
 
-_CHUNK = 2048  # cells that are read together
+_CHUNK, _VALUES = 2048, 4_000_000  # cells that are read together; values, as few cells of many genes are as large
 _SHARED = 3  # the part of a control cell that all parts may use
 _SAME = 1e-5  # statistics in standard deviations; twice the same sum differs by 1e-7, a few more cells by 1e-4
 _UNCORRELATED = 2e-4  # scores of a PCA on the cells of its fit, in float32
@@ -180,9 +180,13 @@ class Evidence:
         return np.asarray(part.toarray() if hasattr(part, "indptr") else part, np.float32)
 
     def chunks(self) -> Iterator[slice]:
-        n = self.matrix.shape[0]
-        for start in range(0, n, _CHUNK):
-            yield slice(start, min(start + _CHUNK, n))
+        n, step = self.matrix.shape[0], self._step
+        for start in range(0, n, step):
+            yield slice(start, min(start + step, n))
+
+    @property
+    def _step(self) -> int:
+        return max(1, min(_CHUNK, _VALUES // max(1, self.matrix.shape[1])))
 
     @cached_property
     def fingerprints(self) -> tuple[UInt64[np.ndarray, " cells"], Int[np.ndarray, " cells"]]:
@@ -219,6 +223,7 @@ class Evidence:
         kept = set(self.transform.feature_names)
         names = () if self.is_series else trained_names(self.populations)  # may have been kept whatever they vary
         forced = [name for name in names if name in kept]
+        few = _FEW_GENES * len(kept)
         steps = replace(steps, select_on="train", scale=False, n_components=None)
 
         def away(rows: np.ndarray) -> tuple[int, bool]:
@@ -226,18 +231,14 @@ class Evidence:
             same = steps.library_size is None or np.isclose(again.target_sum, self.transform.target_sum, rtol=_SAME)
             return len(set(again.feature_names) - kept), bool(same)
 
-        def is_same(found: tuple[int, bool], tolerance: float) -> bool:
-            return found[0] <= tolerance * len(kept) and found[1]
-
         train = away(np.flatnonzero(self.is_train))
-        words = f"{train[0]} of the {len(kept)} kept genes are not those that the training cells choose"
-        words += "" if train[1] else f"; the median total is {self.transform.target_sum:g}, not theirs"
-        if train == (0, True) or self.is_train.all():
-            return Origin("training cells" if is_same(train, _FEW_GENES) else "other cells", words)
-        every = away(np.arange(len(self.part)))
-        if is_same(every, 0) or (is_same(every, _FEW_GENES) and every[0] < train[0]):
-            return Origin("all cells", words)
-        return Origin("training cells" if is_same(train, _FEW_GENES) else "other cells", words)
+        told = f"{train[0]} of the {len(kept)} kept genes are not those that the training cells choose"
+        told += "" if train[1] else f"; the median total is {self.transform.target_sum:g}, not theirs"
+        if train != (0, True) and not self.is_train.all():
+            every = away(np.arange(len(self.part)))
+            if every == (0, True) or (every[1] and every[0] < min(train[0], few)):
+                return Origin("all cells", told)
+        return Origin("training cells" if train[1] and train[0] <= few else "other cells", told)
 
     @cached_property
     def scaling(self) -> Origin | None:
@@ -247,16 +248,14 @@ class Evidence:
             return None
         if not transform.preprocess.scale and transform.components is None:
             return None
-        masks = {"training cells": self.is_train, "all cells": np.ones(len(self.part), bool)}
-        sums = {name: _Moments() for name in masks}
+        train, others = _Moments(), _Moments()
         for rows in self.chunks():
-            x = transform.normalise(self.dense(rows), self.features) - transform.mean
-            z = None if transform.components is None else (x / transform.std) @ transform.components.T
-            for name, mask in masks.items():
-                here = mask[rows]
-                if here.any():
-                    sums[name].add(x[here], None if z is None else z[here])
-        away = {name: found.distance(transform) for name, found in sums.items()}
+            here = self.is_train[rows]
+            for sums, mask in ((train, here), (others, ~here)):
+                if mask.any():
+                    x = self.dense(np.arange(rows.start, rows.stop)[mask])
+                    sums.add(transform.normalise(x, self.features) - transform.mean, transform)
+        away = {"training cells": train.distance(transform), "all cells": (train + others).distance(transform)}
         words = f"they are {away['training cells']:.2g} standard deviations from those of the training cells"
         if away["training cells"] < _SAME:
             return Origin("training cells", words)
@@ -267,8 +266,8 @@ class Evidence:
         n, d = len(rows), self.matrix.shape[1]
         shift = self.dense(rows[:1]).astype(np.float64)
         total, square = np.zeros(d), np.zeros((d, d))
-        for start in range(0, n, _CHUNK):
-            x = self.dense(rows[start : start + _CHUNK]) - shift
+        for start in range(0, n, self._step):
+            x = self.dense(rows[start : start + self._step]) - shift
             total, square = total + x.sum(axis=0), square + x.T @ x
         mean = total / n
         covariance = square / n - np.outer(mean, mean)
@@ -309,11 +308,18 @@ class _Moments:
     def __init__(self):
         self.n, self.x, self.x2, self.z, self.z2 = 0, 0.0, 0.0, 0.0, 0.0
 
-    def add(self, x: np.ndarray, z: np.ndarray | None) -> None:
+    def add(self, x: np.ndarray, transform: Transform) -> None:
         self.n += len(x)
-        self.x, self.x2 = self.x + x.sum(axis=0), self.x2 + (x**2).sum(axis=0)
-        if z is not None:
-            self.z, self.z2 = self.z + z.sum(axis=0), self.z2 + (z**2).sum(axis=0)
+        self.x, self.x2 = self.x + x.sum(axis=0), self.x2 + np.einsum("ij,ij->j", x, x)
+        if transform.components is not None:
+            z = x @ (transform.components / transform.std).T
+            self.z, self.z2 = self.z + z.sum(axis=0), self.z2 + np.einsum("ij,ij->j", z, z)
+
+    def __add__(self, other: "_Moments") -> "_Moments":
+        both = _Moments()
+        for name in ("n", "x", "x2", "z", "z2"):
+            setattr(both, name, getattr(self, name) + getattr(other, name))
+        return both
 
     def distance(self, transform: Transform) -> float:
         """The largest difference of a statistic, in standard deviations of a gene, or as a share of a variance."""

@@ -230,22 +230,26 @@ def _two_names(e: Evidence) -> Iterator[_Seen]:
     alike: dict[tuple[str, ...], list[Population]] = defaultdict(list)
     for p in part_of:
         alike[_loose_parts(p, known)].append(p)
-    leaks, aliases = [], []
+    leaks: dict[frozenset[str], str] = {}
+    aliases: dict[frozenset[str], str] = {}
     for populations in alike.values():
         if len({p.perturbation for p in populations}) == 1:
             continue
         for one, other in itertools.combinations(populations, 2):
             if one.perturbation == other.perturbation:
                 continue
+            parts = {part_of[one], part_of[other]}
+            is_leak = one.context == other.context and "test" in parts and len(parts) == 2
+            names = frozenset((one.condition, other.condition))
             told = f"{one.condition!r} ({part_of[one]}) and {other.condition!r} ({part_of[other]})"
-            is_leak = "test" in (part_of[one], part_of[other]) and part_of[one] != part_of[other]
-            (leaks if is_leak and one.context == other.context else aliases).append(told)
+            (leaks if is_leak else aliases).setdefault(names, told)
     mend = "Give one perturbation one name, names joined by one sign, then split again."
     if leaks:
-        yield "error", f"{_number(len(leaks), 'held-out condition')} under another name: {_some(leaks)}.", mend
-    if aliases:
-        aliases = list(dict.fromkeys(aliases))
-        yield "warning", f"{_number(len(aliases), 'pair')} of names for what looks like one: {_some(aliases)}.", mend
+        told = _some(leaks.values())
+        yield "error", f"{_number(len(leaks), 'held-out condition')} under another name: {told}.", mend
+    told = [told for names, told in aliases.items() if names not in leaks]
+    if told:
+        yield "warning", f"{_number(len(told), 'pair')} of names for what looks like one: {_some(told)}.", mend
 
 
 @_rule("control-by-another-name", "warning")
