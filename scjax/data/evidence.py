@@ -171,9 +171,9 @@ class Evidence:
         return matrix
 
     def rows(self, rows: np.ndarray) -> Any:
-        """As the fits of this package get them: sparse, or dense float32."""
+        """As the fits of this package get them, to the last digit: sparse as they are, else (and in series) float32."""
         part = self.matrix[rows]
-        return part if hasattr(part, "indptr") else part.astype(np.float32)
+        return part if hasattr(part, "indptr") and not self.is_series else part.astype(np.float32)
 
     def dense(self, rows: Any) -> np.ndarray:
         part = self.matrix[rows]

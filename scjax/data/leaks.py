@@ -211,11 +211,11 @@ def _stale_split(e: Evidence) -> Iterator[_Seen]:
         here, told = set(e.time.tolist()), set(e.split.times)
     else:
         here, told = set(e.populations), set().union(*e.parts.values())
-    for names, what in ((told - here, "of the split are not in the data"), (here - told, "of the data are in no part")):
+    for names, what in ((told - here, "of the split, not of the data"), (here - told, "of the data, in no part")):
         if names:
             yield (
                 "error",
-                f"{len(names)} {_units(e)} {what}: {_some(sorted(names))}.",
+                f"{_number(len(names), 'time' if e.is_series else 'population')} {what}: {_some(sorted(names))}.",
                 "Make the split again from its rule on these data, or load the data that it was made for.",
             )
 
@@ -293,7 +293,7 @@ def _seen_elsewhere(e: Evidence) -> Iterator[_Seen]:
     promised = isinstance(e.split.rule, UnseenSingles | HoldOutGenes)
     yield (
         "warning" if promised else "note",
-        f"in {n_seen} of {n} held-out populations training saw every perturbation, elsewhere. What is new, {told}.",
+        f"training saw the perturbations of {n_seen} of {n} held-out populations elsewhere; new in the test, {told}.",
         f"{type(e.split.rule).__name__} means unseen perturbations; hold out every population that has one of them."
         if promised
         else "Call it so. Compare with the mean effect in the other contexts, or with the sum of the single effects.",
@@ -311,8 +311,8 @@ def _start_scored(e: Evidence) -> Iterator[_Seen]:
         if early:
             yield (
                 "error",
-                f"{_some(early)} of the held-out times is not after the first training time {min(e.split.train):g}, "
-                "where simulations start.",
+                f"held-out times not after the first training time {min(e.split.train):g}, where simulations start: "
+                f"{_some(early)}.",
                 "Hold out later times; the start is given, not predicted.",
             )
 
@@ -369,7 +369,8 @@ def _genes_before(e: Evidence) -> Iterator[_Seen]:
         mark = f"obsm[{name!r}]" if re.search("hvg|variable", name, re.IGNORECASE) else None
     else:
         for column in e.adata.var:
-            if re.search("hvg|highly_variable$", str(column)) and e.adata.var[column].astype(bool).all():
+            values = e.adata.var[column]
+            if values.dtype == bool and values.all() and re.search("hvg|highly_variable$", str(column)):
                 mark = f"var[{column!r}], which is true of all"
     if mark is not None:
         yield (
@@ -480,7 +481,7 @@ def _zero_vectors(e: Evidence) -> Iterator[_Seen]:
         zero = sorted(n for n in names if n in vectors and not np.any(vectors[n]))
         if zero:
             part = "held-out" if severity == "error" else "training"
-            yield severity, f"the vectors of {len(zero)} {part} perturbations are all zero: {_some(zero)}.", mend
+            yield severity, f"{_number(len(zero), f'{part} perturbation')} with a vector of zeros: {_some(zero)}.", mend
     same: dict[bytes, list[str]] = defaultdict(list)
     for name in sorted({*test, *train}):
         if name in vectors and np.any(vectors[name]):
@@ -544,8 +545,8 @@ def _shared_controls(e: Evidence) -> Iterator[_Seen]:
     if shared:
         yield (
             "note",
-            f"{shared} of the {n} control cells of held-out contexts are in training and are what predictions start "
-            "from and are compared with.",
+            f"{shared} of the {n} control cells of held-out contexts are in training; predictions start from "
+            "them and are compared with them.",
             "Say so. Cell sets can divide them (control_seed), HoldOutContexts holds them out with their context.",
         )
 

@@ -332,11 +332,11 @@ def twice_logged():
 PLANTED = {
     "test-in-training": (in_both_parts, "error", "1 of 4 held-out populations are in training too: E (x)"),
     "test-as-validation": (validated_on_test, "error", "3 of 3 validation populations are in test too: E (x), E (y), "),
-    "stale-split": (split_of_other_data, "error", "1 populations of the split are not in the data: Z (x)"),
+    "stale-split": (split_of_other_data, "error", "1 population of the split, not of the data: Z (x)"),
     "same-perturbation-two-names": (under_two_names, "error", "'Drug C' (train) and 'drug-c' (test)"),
     "control-by-another-name": (unnamed_control, "warning", "'DMSO' of 60 cells count as perturbations"),
-    "seen-elsewhere": (in_other_lines, "note", "1 of 3 held-out populations"),
-    "start-time-scored": (start_held_out, "error", "0 of the held-out times is not after the first training time 1"),
+    "seen-elsewhere": (in_other_lines, "note", "the perturbations of 1 of 3 held-out populations elsewhere"),
+    "start-time-scored": (start_held_out, "error", "not after the first training time 1, where simulations start: 0."),
     "neighbouring-times": (times_side_by_side, "warning", "2 is 0.01 from the training time 2.01"),
     "genes-from-test-cells": (chosen_with_test_cells, "error", "all 420 cells, "),
     "genes-chosen-before": (chosen_beforehand, "warning", "the 40 genes were chosen as variable ones"),
@@ -345,7 +345,7 @@ PLANTED = {
     "stale-transform": (fitted_on_another_split, "error", "the genes of the transform are of other cells; "),
     "stale-data": (of_another_checkpoint, "error", "the digest of these data is 3f2a, that of the checkpoint's 77c1"),
     "targets-among-features": (targets_measured, "note", "1 of the 2 perturbed genes of the test are among the 40"),
-    "zero-vectors": (without_embedding, "error", "the vectors of 1 held-out perturbations are all zero: F."),
+    "zero-vectors": (without_embedding, "error", "1 held-out perturbation with a vector of zeros: F."),
     "duplicates-across-parts": (copied_cells, "error", "5 of "),
     "duplicates-within-part": (repeated_cells, "warning", "3 of "),
     "shared-controls": (undivided_controls, "note", "60 of the 60 control cells of held-out contexts"),
@@ -545,7 +545,7 @@ def test_vectors_that_others_have_too():
     vectors["F"], vectors["A"] = vectors["B"], np.zeros(3)
     found = findings_of(given, "zero-vectors")
     assert [f.severity for f in found] == ["warning", "warning"]
-    assert "the vectors of 1 training perturbations are all zero: A." in found[0].evidence
+    assert "1 training perturbation with a vector of zeros: A." in found[0].evidence
     assert "B=F" in found[1].evidence
 
 
