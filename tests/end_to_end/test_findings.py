@@ -109,6 +109,6 @@ def test_controls_that_were_divided_and_files_that_were_joined():
         preprocess=replace(tiny_cellsets.EXPERIMENT.preprocess, n_top_genes=5, target_sum="median"),
     )
     findings = cellsets.prepare(experiment, named).findings
-    assert rules_of(findings) == {"few-held-out-cells", "seen-elsewhere", "duplicates-within-part"}
+    assert rules_of(findings) == {"few-held-out-cells", "seen-elsewhere"}
     findings = cellsets.prepare(replace(experiment, control_seed=None), named).findings
-    assert rules_of(findings) == {"few-held-out-cells", "seen-elsewhere", "duplicates-within-part", "shared-controls"}
+    assert rules_of(findings) == {"few-held-out-cells", "seen-elsewhere", "shared-controls"}
