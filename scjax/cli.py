@@ -243,6 +243,7 @@ class Evaluate:
     verbose: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
     def execute(self) -> None:
+        from scjax.data.leaks import Findings
         from scjax.experiment import evaluate, report_of
 
         runs: dict[str, list[Path]] = {}
@@ -272,6 +273,7 @@ class Evaluate:
         tables = evaluate(
             runs, adata, n_cells=self.n_cells, n_draws=self.n_draws, seed=self.seed, step=self.step, **more
         )
+        print(Findings.from_json_dict(tables[0].provenance["findings"]).render() + "\n")
         for table in tables:
             report = report_of(table)
             print(report.render(table))

@@ -32,6 +32,7 @@ __all__ = [
     "CovariateNames",
     "Part",
     "Unmatched",
+    "part_of_cells",
     "prepare_cell_sets",
     "read_control_cells",
 ]
@@ -332,9 +333,7 @@ def prepare_cell_sets(
     if measured is not None:
         source_of = np.array([sources.index(name) for name in adata.obs[SOURCE]], np.int32)
     names, covariates = _covariates(adata, spec, populations, population_of, sources)
-    part = _parts(split, populations, population_of, has_controls=spec.perturbation is not None)
-    if control_seed is not None:
-        part = _divided(part, split, populations, population_of, spec.covariates, control_seed)
+    part = part_of_cells(split, populations, population_of, spec, control_seed)
 
     train_rows = np.flatnonzero(np.isin(part, (0, _SHARED)))
     transform, x = fit_expression(adata, spec, preprocess, train_rows)
@@ -479,13 +478,22 @@ def _doses(population: Population) -> set[float]:
     return {dose for _, dose in map(dose_of, population.perturbation) if dose is not None}
 
 
-def _parts(
-    split: PerturbationSplit, populations: tuple[Population, ...], population_of: np.ndarray, *, has_controls: bool
-) -> np.ndarray:
-    shared = has_controls and not isinstance(split.rule, HoldOutContexts)  # which leaves nothing of a context
+def part_of_cells(
+    split: PerturbationSplit,
+    populations: tuple[Population, ...],
+    population_of: Int[np.ndarray, " cells"],
+    spec: DataSpec,
+    control_seed: int | None = None,
+) -> Int[np.ndarray, " cells"]:
+    """int8, the part of each cell as `CellSetData` has it; `control_seed` as for `prepare_cell_sets`."""
+    # Nothing is left of a context that is held out.
+    shared = spec.perturbation is not None and not isinstance(split.rule, HoldOutContexts)
     number = {p: i for i, part in enumerate(get_args(Part)) for p in getattr(split, part)}
     of_population = [_SHARED if shared and p.is_control else number[p] for p in populations]
-    return np.array(of_population, np.int8)[population_of]
+    part = np.array(of_population, np.int8)[population_of]
+    if control_seed is None:
+        return part
+    return _divided(part, split, populations, population_of, spec.covariates, control_seed)
 
 
 def _divided(

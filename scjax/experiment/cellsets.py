@@ -13,14 +13,15 @@ from jaxtyping import PRNGKeyArray
 
 from scjax.check import at_least, column, one_of, suggestion
 from scjax.config import to_dict
-from scjax.data.cellsets import CellSetData, Unmatched, prepare_cell_sets
+from scjax.data.cellsets import CellSetData, Unmatched, part_of_cells, prepare_cell_sets
 from scjax.data.collate import make_cell_set_batches
 from scjax.data.conditions import OnUnknown, as_columns
-from scjax.data.preprocess import Preprocess
+from scjax.data.leaks import Findings, check_split
+from scjax.data.preprocess import Preprocess, Transform
 from scjax.data.sampling import CellSetSampling
-from scjax.data.source import SOURCE, Absent
+from scjax.data.source import SOURCE, Absent, join
 from scjax.data.spec import AnnData, DataSpec
-from scjax.data.splits import HoldOutContexts, PerturbationSplitRule
+from scjax.data.splits import HoldOutContexts, PerturbationSplit, PerturbationSplitRule
 from scjax.experiment.held_out import population_tables
 from scjax.experiment.run import Task, check_loop, check_validation, data_digest
 from scjax.metrics.perturbation_report import DEFAULT_METRICS, PerturbationTable
@@ -104,6 +105,7 @@ class CellSetExperiment:
         validate_every: steps between two losses on the validation populations, a multiple of scan_steps; the parameters
             of the lowest one predict. None, for a split that keeps none.
         patience: training ends after so many validations without a lower loss; None never does.
+        allow_leaks: rules of `data.leaks.check_split` whose errors do not stop the run.
         seed: of parameters, cells, noise. The same seed gives the same run.
     """
 
@@ -128,6 +130,7 @@ class CellSetExperiment:
     checkpoint_every: int = 5000
     validate_every: int | None = None
     patience: int | None = None
+    allow_leaks: tuple[str, ...] = ()
     seed: int = 0
 
     def __post_init__(self):
@@ -253,6 +256,7 @@ def prepare(experiment: CellSetExperiment, adata: Data) -> Task:
             "unmatched": data.unmatched,
             "pretrained": transferred,
         },
+        findings=_findings(to_dict(experiment), adata, experiment.spec, data.split, data.transform),
         validate=_validation(experiment, data, config, constants),
         start=start,
         told=_shown(transferred) if transferred else "",
@@ -282,6 +286,7 @@ def tables(
     vectors: dict[str, Any] = {}
     for _, one in _files(adata):
         vectors |= brought_vectors(first.spec, one)
+    findings = _findings(first.about["experiment"], adata, first.spec, first.split, first.transform)
     return population_tables(
         trained,
         adata,
@@ -293,10 +298,20 @@ def tables(
         seed=seed,
         on_unknown=on_unknown,
         vectors=vectors or None,
-        provenance=provenance,
+        provenance={**provenance, "findings": findings.to_json_dict()},
         genes=genes,
         controls=_said_of_controls(first),
     )
+
+
+def _findings(
+    settings: Mapping[str, Any], adata: Data, spec: DataSpec, split: PerturbationSplit, transform: Transform
+) -> Findings:
+    """`settings`: of the experiment, as a checkpoint has them."""
+    one = join(adata, spec, absent=settings["absent"]).adata if isinstance(adata, Sequence) else adata
+    populations, population_of = spec.read_populations(one)
+    part = part_of_cells(split, populations, population_of, spec, settings["control_seed"])
+    return check_split(one, split, transform, spec=spec, part=part, allowed=settings.get("allow_leaks", ()))
 
 
 def _said_of_controls(trained: TrainedCellSets) -> str:

@@ -13,6 +13,7 @@ from scjax.config import to_dict
 from scjax.data.collate import make_paired_batches
 from scjax.data.conditions import OnUnknown, as_columns
 from scjax.data.graph import GraphRule
+from scjax.data.leaks import check_split
 from scjax.data.perturbation import PerturbationData, prepare_perturbation
 from scjax.data.preprocess import Preprocess
 from scjax.data.sampling import PairedSampling
@@ -54,6 +55,7 @@ class PerturbationExperiment:
         validate_every: steps between two losses on the validation populations, a multiple of scan_steps; the parameters
             of the lowest one predict. None, for a split that keeps none.
         patience: training ends after so many validations without a lower loss; None never does.
+        allow_leaks: rules of `data.leaks.check_split` whose errors do not stop the run.
         seed: of parameters, cells, genes, noise. The same seed gives the same run.
     """
 
@@ -73,6 +75,7 @@ class PerturbationExperiment:
     checkpoint_every: int = 5000
     validate_every: int | None = None
     patience: int | None = None
+    allow_leaks: tuple[str, ...] = ()
     seed: int = 0
 
     def __post_init__(self):
@@ -126,6 +129,7 @@ def prepare(experiment: PerturbationExperiment, adata: AnnData) -> Task:
             "vocabulary": to_dict(data.vocabulary),
             "n_slots": data.n_slots,
         },
+        findings=check_split(adata, data.split, data.transform, spec=experiment.spec, allowed=experiment.allow_leaks),
         validate=_validation(experiment, data, config, constants),
     )
 
@@ -161,7 +165,15 @@ def tables(
         ValueError: nothing held out, runs that differ in their split or genes, predictions that lack a population or a
             gene, or that other runs made than those of their row.
     """
-    spec = next(iter(trained.values()))[0].spec
+    first = next(iter(trained.values()))[0]
+    spec = first.spec
+    findings = check_split(
+        adata,
+        first.split,
+        first.transform,
+        spec=spec,
+        allowed=first.about["experiment"].get("allow_leaks", ()),
+    )
     return population_tables(
         trained,
         adata,
@@ -173,7 +185,7 @@ def tables(
         seed=seed,
         on_unknown=on_unknown,
         vectors=spec.read_vectors(adata) or None,
-        provenance=provenance,
+        provenance={**provenance, "findings": findings.to_json_dict()},
     )
 
 

@@ -16,6 +16,7 @@ from scjax import checkpoint
 from scjax.check import at_least, probability
 from scjax.config import to_dict, to_json
 from scjax.data.device import prefetch
+from scjax.data.leaks import Findings, check_allowed
 from scjax.data.source import open_source
 from scjax.data.spec import AnnData, DataSpec
 from scjax.train.hooks import Hook, JsonlLogger, SaveCheckpoints
@@ -51,6 +52,7 @@ class Task(NamedTuple):
         batches: batch n of the run.
         arrays: fitted ones, kept in every checkpoint beside the state.
         about: what else a checkpoint tells: kind, transform, split, ...
+        findings: of `data.leaks.check_split`; its errors end a run before it begins.
         validate: scores on data kept for that; None where nothing is.
         start: parameters of the first step, of a key; None draws them by `model.init`.
         told: what is written to stderr before training begins.
@@ -63,6 +65,7 @@ class Task(NamedTuple):
     batches: Callable[[int], Batch]
     arrays: Mapping[str, Any]
     about: Mapping[str, Any]
+    findings: Findings
     validate: Validate | None = None
     start: Callable[[Any], Params] | None = None
     told: str = ""
@@ -82,6 +85,7 @@ def check_loop(experiment: Any) -> None:
     for name in ("n_steps", "scan_steps", "log_every", "checkpoint_every"):
         at_least(name, getattr(experiment, name), 1)
     at_least("seed", experiment.seed, 0)
+    check_allowed(experiment.allow_leaks)
     if experiment.ema_decay is not None:
         probability("ema_decay", experiment.ema_decay)
     if experiment.checkpoint_every % experiment.scan_steps:
@@ -160,6 +164,8 @@ def train_task(
     if resume:
         check_same_data(checkpoint.read_about(folder, step), digest, workdir)
     task = prepare(experiment, adata)
+    if not resume:
+        task.findings.stop()
     tx = make_optimizer(experiment.optimizer, experiment.n_steps)
     key_init, key_train = jax.random.split(jax.random.key(experiment.seed))
     params, state = (task.start or jax.jit(task.model.init))(key_init), None
@@ -176,6 +182,7 @@ def train_task(
         "data": {"digest": digest, "n_cells": _n_cells(adata)},
     }
     about["run"] = hashlib.blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=8).hexdigest()
+    about["findings"] = task.findings.to_json_dict()
     about["provenance"] = checkpoint.provenance()
     if not resume:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -183,8 +190,9 @@ def train_task(
             with open(workdir / name, "x", encoding="utf-8") as file:
                 file.write(to_json(settings))
 
-    if task.told:
-        sys.stderr.write(f"{task.told}\n")
+    for told in (task.findings.render(), task.told):
+        if told:
+            sys.stderr.write(f"{told}\n")
     validation = {}
     if task.validate is not None:
         validation = {

@@ -8,11 +8,13 @@ import jax
 import numpy as np
 
 from scjax.check import one_of
+from scjax.config import from_dict
 from scjax.data.collate import make_batches
+from scjax.data.leaks import check_split
 from scjax.data.preprocess import Preprocess
 from scjax.data.sampling import TimeSeriesSampling
 from scjax.data.spec import AnnData, DataSpec
-from scjax.data.splits import HoldOutInterior, TimeSplitRule
+from scjax.data.splits import HoldOutInterior, TimeSplit, TimeSplitRule
 from scjax.data.timeseries import TimeScale, TimeSeriesData, prepare_time_series
 from scjax.experiment.run import Task, check_loop, comparable_runs, data_digest
 from scjax.metrics.baselines import training_free
@@ -43,6 +45,7 @@ class TimeSeriesExperiment:
         ema_decay: of the moving average of the parameters, which then is what predicts; None keeps none.
         log_every: steps between two lines of the log.
         checkpoint_every: steps between two checkpoints, a multiple of scan_steps; the last step always has one.
+        allow_leaks: rules of `data.leaks.check_split` whose errors do not stop the run.
         seed: of parameters, cells, noise. The same seed gives the same run.
     """
 
@@ -59,6 +62,7 @@ class TimeSeriesExperiment:
     ema_decay: float | None = None
     log_every: int = 10
     checkpoint_every: int = 500
+    allow_leaks: tuple[str, ...] = ()
     seed: int = 0
 
     def __post_init__(self):
@@ -97,6 +101,7 @@ def prepare(experiment: TimeSeriesExperiment, adata: AnnData) -> Task:
         batches=_batches(experiment, data),
         arrays={"transform": arrays},
         about={"kind": "scimf", "transform": transform, "times": list(data.times)},
+        findings=check_split(adata, data.split, data.transform, spec=experiment.spec, allowed=experiment.allow_leaks),
     )
 
 
@@ -116,6 +121,14 @@ def tables(
     if not split["held_out"]:
         raise ValueError("the runs held out no time, so there is nothing to evaluate; train with a split that does.")
 
+    findings = check_split(
+        adata,
+        from_dict(TimeSplit, split),
+        first.transform,
+        spec=first.spec,
+        allowed=first.about["experiment"].get("allow_leaks", ()),
+    )
+    provenance = {**provenance, "findings": findings.to_json_dict()}
     latent, time = project(first, adata), first.spec.read_times(adata)
     population = {t: latent[time == t] for t in first.times}
     simulated = {
