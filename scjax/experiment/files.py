@@ -101,7 +101,9 @@ def evaluate_files(
         raise ValueError("predicted must name at least one model with its files; it is empty.")
     for name, of_row in predicted.items():
         if isinstance(of_row, str | Path) or not isinstance(of_row, Sequence) or not len(of_row):
-            raise ValueError(f"predicted[{name!r}] must be a list of files or AnnData, one a seed; got {of_row!r:.200}.")
+            raise ValueError(
+                f"predicted[{name!r}] must be a list of files or AnnData, one a seed; got {of_row!r:.200}."
+            )
     if split is not None and training is not None:
         raise ValueError(f"split and training={training!r} both say what is training data; give one of them.")
     is_series = _is_series(spec)
@@ -349,7 +351,9 @@ def _counted(names: Sequence[str], of: int) -> str:
     return f"{len(names)} of {of} genes{examples}"
 
 
-def _transforms(truth: _Read, sides: Sequence[_Read], rows: np.ndarray, spec: DataSpec, n_components: int | None) -> None:
+def _transforms(
+    truth: _Read, sides: Sequence[_Read], rows: np.ndarray, spec: DataSpec, n_components: int | None
+) -> None:
     """Fitted on `rows` of the real cells. Expression that stays as it is needs none."""
     if spec.space != "counts" and n_components is None:
         return
@@ -472,9 +476,7 @@ def _population_tables(
     }
     tables = []
     for title, wanted in titles.items():
-        cells = {
-            name: [_Lazily(side, {p: side.rows[p] for p in wanted}) for side in row] for name, row in made.items()
-        }
+        cells = {name: [_Lazily(side, {p: side.rows[p] for p in wanted}) for side in row] for name, row in made.items()}
         table = perturbation_table(
             f"{title}; the {n_controls} real control cells of their contexts on both sides; baselines fitted on "
             f"{_told(split, truth.marked)}{told}",
@@ -491,9 +493,7 @@ def _population_tables(
         tables.append(table)
         if keep is not None:
             firsts = {name: row[0] for name, row in cells.items()}
-            keep.append(
-                perturbation_evidence(table, firsts, training, observed, truth.features, vectors=truth.vectors)
-            )
+            keep.append(perturbation_evidence(table, firsts, training, observed, truth.features, vectors=truth.vectors))
     return tables
 
 
@@ -543,7 +543,9 @@ def _series_tables(
             for name, row in made.items()
         },
     }
-    unit = "unit of the latent space" if spec.space == "latent" else "log-normalised expression, log(1 + normalised count)"
+    unit = (
+        "unit of the latent space" if spec.space == "latent" else "log-normalised expression, log(1 + normalised count)"
+    )
     space = f"all {len(truth.features)} features" if n_components is None else f"{n_components} principal components"
     if n_components is not None:
         unit = f"principal components of {'the latent' if spec.space == 'latent' else 'log-normalised expression'}"
@@ -570,9 +572,7 @@ def _series_tables(
             firsts = {name: row[0] for name, row in cells.items()}
             are_genes = n_components is None and spec.space != "latent"
             keep.append(
-                series_evidence(
-                    t, firsts, snapshots, rules, real, features, are_genes=are_genes, seed=draws["seed"]
-                )
+                series_evidence(t, firsts, snapshots, rules, real, features, are_genes=are_genes, seed=draws["seed"])
             )
     return tables
 

@@ -143,9 +143,7 @@ def tables(
         if keep is not None:
             made = {name: paths[0][i] for name, paths in simulated.items()}
             features = [f"dimension {d + 1}" for d in range(latent.shape[1])]
-            keep.append(
-                series_evidence(t, made, snapshots, rules, population[t], features, are_genes=False, seed=seed)
-            )
+            keep.append(series_evidence(t, made, snapshots, rules, population[t], features, are_genes=False, seed=seed))
     return tables
 
 
