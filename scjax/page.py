@@ -27,6 +27,7 @@ Interval: TypeAlias = Callable[[Float[np.ndarray, "_ _"]], tuple[float, float]]
 
 N_RESAMPLES = 2000
 ARROWS = {"lower is better": "↓", "higher is better": "↑", "1 is best": "→1", "no direction": ""}
+BOLD = "Bold: the best of models and baselines. ± is over training seeds, or over draws of cells in a time series."
 FDR = 0.05  # a gene is called differentially expressed below it
 GROUPS = {"predicted": ("predicted",), "background": "control"}
 SEVERITIES = ("error", "warning", "note")  # the worst first; another word comes last
@@ -157,12 +158,12 @@ def _summary(tables: Sequence[Any]) -> Iterator[str]:
             marks = [_mark(line) for line in lines]
             n_wins, n_losses = marks.count("win"), marks.count("loss") + marks.count("fail")
             yield (
-                f"<p><strong>{escape(row.name)}</strong> beats every baseline in {n_wins} of {n_wins + n_losses} "
-                f"metrics that have a better and a worse.</p>\n<ul class='verdicts'>\n"
+                f"<details open><summary><strong>{escape(row.name)}</strong> beats every baseline in {n_wins} of "
+                f"{n_wins + n_losses} metrics that have a better and a worse.</summary>\n<ul class='verdicts'>\n"
             )
             for line, mark in zip(lines, marks, strict=True):
                 yield f'<li class="{mark}">{escape(line)}</li>\n'
-            yield "</ul>\n"
+            yield "</ul></details>\n"
     yield "</section>\n"
 
 
@@ -206,8 +207,8 @@ def _section(i: int, table: Any, found: Evidence | None, interval: Interval) -> 
     elif isinstance(found, SeriesEvidence):
         yield from _series_figures(table, found)
     yield "<h3>What the numbers are</h3>\n"
-    columns = ("metric", "unit", "better", "definition")
-    rows = [[m.name, m.unit, ARROWS[m.direction] + " " + m.direction, m.definition] for m in table.metrics]
+    columns = ("metric", "definition", "unit", "better")
+    rows = [[m.name, m.definition, m.unit, m.direction] for m in table.metrics]
     yield from _html_table("Definitions of the metrics", columns, rows, wraps=True)
     notes = [[row.name, note] for row in table.rows if (note := _note(row))]
     if notes:
@@ -219,21 +220,18 @@ def _section(i: int, table: Any, found: Evidence | None, interval: Interval) -> 
 def _scores(table: Any) -> Iterator[str]:
     best = {m.name: _best(table, m) for m in table.metrics}
     columns = ("", *(f"{m.name} {ARROWS[m.direction]}" for m in table.metrics))
-    yield f'<div class="scroll" role="region" aria-label="Scores" tabindex="0"><table>\n<caption>{escape(_caption())}'
-    yield "</caption>\n<thead><tr>" + "".join(f'<th scope="col">{escape(c)}</th>' for c in columns)
+    yield '<div class="scroll" role="region" aria-label="Scores" tabindex="0"><table>\n<caption><span>'
+    yield f"{escape(BOLD)}</span></caption>\n<thead><tr>"
+    yield "".join(f'<th scope="col">{escape(c)}</th>' for c in columns)
     yield "</tr></thead>\n<tbody>\n"
     for row in table.rows:
-        kind = {"floor": "ceiling"}.get(row.kind, row.kind)
+        kind = {"floor": "real"}.get(row.kind, row.kind)
         yield f'<tr class="{kind}"><th scope="row">{escape(row.name)} <span class="kind">{kind}</span></th>'
         for m in table.metrics:
             text = escape(_cell(row, m.name))
             yield f"<td>{f'<strong>{text}</strong>' if row.name in best[m.name] else text}</td>"
         yield "</tr>\n"
     yield "</tbody></table></div>\n"
-
-
-def _caption() -> str:
-    return "Bold: the best of models and baselines. ± is over training seeds, or over draws of cells in a time series."
 
 
 def _said(table: Any) -> str:
@@ -444,7 +442,7 @@ def _series_figures(table: Any, found: SeriesEvidence) -> Iterator[str]:
     from scjax.plot.evaluation import as_svg_uri, distributions, overlay
     from scjax.plot.perturbation import delta_scatter
 
-    unit = "log expression" if found.are_genes else table.unit
+    unit = "log expression" if found.are_genes else "coordinate"
     for name in (row.name for row in table.of_kind("model")):
         yield f"<h3>Figures of {escape(name)}</h3>\n"
         if name not in found.predicted:
@@ -467,7 +465,7 @@ def _series_figures(table: Any, found: SeriesEvidence) -> Iterator[str]:
                 baseline_name=_cut(rule, 26),
                 predicted_name=_cut(name, 26),
                 n_named=5,
-                unit=_cut(unit, 28),
+                unit=unit,
             )
             told = f"correlation over {len(found.features)} features {_correlation(observed, predicted)}"
             caption = f"Change of the mean of each feature since {earlier}"
@@ -479,7 +477,7 @@ def _series_figures(table: Any, found: SeriesEvidence) -> Iterator[str]:
             ax = overlay(cells, fitted_on=real_cells, **how)
             told = f"Cells of time {found.time:g} on two principal components of real cells"
             figures.append((as_svg_uri(ax), told, "Cells on principal components of real cells"))
-        ax = distributions(cells, found.features, zeros=found.are_genes, unit=_cut(unit, 34), **how)
+        ax = distributions(cells, found.features, zeros=found.are_genes, unit=unit, **how)
         told = f"Real and predicted values of the features that differ most from {before}"
         figures.append((as_svg_uri(ax), told, f"The features that differ most from {before}"))
         figures += [
@@ -536,7 +534,7 @@ def _html_table(
 ) -> Iterator[str]:
     kind = ' class="text wraps"' if wraps else ' class="text"'
     yield f'<div class="scroll" role="region" aria-label="{escape(caption)}" tabindex="0"><table{kind}>\n'
-    yield f"<caption>{escape(caption)}</caption>\n<thead><tr>"
+    yield f"<caption><span>{escape(caption)}</span></caption>\n<thead><tr>"
     yield "".join(f'<th scope="col">{escape(c)}</th>' for c in columns) + "</tr></thead>\n<tbody>\n"
     for first, *others in rows:
         yield f'<tr><th scope="row">{escape(first)}</th>' + "".join(f"<td>{escape(c)}</td>" for c in others) + "</tr>\n"
@@ -622,12 +620,17 @@ a{color:var(--link)}
 .scroll:focus-visible{outline:3px solid var(--link)}
 table{border-collapse:collapse;width:100%;font-size:.86rem;font-variant-numeric:tabular-nums}
 caption{caption-side:top;text-align:left;padding:.45rem .6rem;color:var(--soft)}
+caption span{display:inline-block;position:sticky;left:.6rem;max-width:calc(100vw - 4rem)}
+summary{cursor:pointer}
 th,td{padding:.35rem .6rem;text-align:right;white-space:nowrap;border-top:1px solid var(--line);vertical-align:top}
 th{font-weight:600}
 tbody th,thead th:first-child,table.text th,table.text td{text-align:left}
 tbody tr:nth-child(even){background:var(--band)}
-tr.ceiling th,tr.ceiling td{border-top:2px solid var(--soft)}
+tr.real th,tr.real td{border-top:2px solid var(--soft)}
 tr.model th{color:var(--loss)}
+tbody th{position:sticky;left:0;background:var(--paper);white-space:normal;min-width:9rem}
+h2::first-letter{text-transform:uppercase}
+tbody tr:nth-child(even) th{background:var(--band)}
 table.wraps td{white-space:normal;min-width:14rem;max-width:60rem}
 .kind{color:var(--soft);font-weight:400;font-size:.78rem}
 .figures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,340px),1fr));gap:1rem;
@@ -635,6 +638,8 @@ margin:.6rem 0 1.2rem}
 figure{margin:0;background:#fff;color:#1b1f24;border:1px solid var(--line);border-radius:6px;padding:.5rem}
 figure img{display:block;width:100%;height:auto;max-width:520px;margin:0 auto}
 figcaption{font-size:.82rem;color:#4a525b;padding:.3rem .2rem 0}
-@media print{body{font-size:11px}.scroll{overflow:visible;border:0}th,td{white-space:normal;padding:.15rem .3rem}
+@media(max-width:600px){.kind{display:block}table.wraps td{min-width:11rem}}
+@media print{tbody th{position:static}
+body{font-size:11px}.scroll{overflow:visible;border:0}th,td{white-space:normal;padding:.15rem .3rem}
 figure{break-inside:avoid}.figures{grid-template-columns:1fr 1fr}h2,h3{break-after:avoid}}
 """

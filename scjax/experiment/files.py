@@ -543,12 +543,9 @@ def _series_tables(
             for name, row in made.items()
         },
     }
-    unit = (
-        "unit of the latent space" if spec.space == "latent" else "log-normalised expression, log(1 + normalised count)"
-    )
+    of = "latent space" if spec.space == "latent" else "log-normalised expression, log(1 + normalised count)"
+    unit = f"unit of the {of}" if n_components is None else f"unit of principal components of the {of}"
     space = f"all {len(truth.features)} features" if n_components is None else f"{n_components} principal components"
-    if n_components is not None:
-        unit = f"principal components of {'the latent' if spec.space == 'latent' else 'log-normalised expression'}"
     features = truth.features if n_components is None else [f"PC {i + 1}" for i in range(n_components)]
     tables = []
     for t in test:

@@ -292,8 +292,9 @@ def calibration(
         low, high, x, y = -0.03, 1.03, real, predicted
         whole = np.ones(len(real), bool)
         line = f"median predicted − real: {np.median(predicted - real):+.3f}".replace("-", "\N{MINUS SIGN}")
-    ax.scatter(x[whole], y[whole], s=8, color=PREDICTED, alpha=0.5, linewidths=0, zorder=2)
-    ax.scatter(x[~whole], y[~whole], s=10, facecolors="none", edgecolors=PREDICTED, linewidths=0.6, zorder=2)
+    size = 26 if len(x) < 100 else 8
+    ax.scatter(x[whole], y[whole], s=size, color=PREDICTED, alpha=0.5, linewidths=0, zorder=2)
+    ax.scatter(x[~whole], y[~whole], s=size, facecolors="none", edgecolors=PREDICTED, linewidths=0.6, zorder=2)
     ax.plot([low, high], [low, high], color="black", linewidth=0.8, linestyle=(0, (4, 3)), zorder=3)
     ax.set_xlim(low, high)
     ax.set_ylim(low, high)
