@@ -2,9 +2,9 @@
 
     python benchmarks/evaluate_memory.py
 
-200,000 real and 200,000 predicted cells x 2,000 genes, a tenth of the values not zero, log-normalised, as .h5ad: controls
-and 20 perturbations in one context, half of which are predicted. The command runs in a process of its own and writes its
-report; that process's high-water mark is told. The files are made here and removed.
+200,000 real and 200,000 predicted cells x 2,000 genes, a tenth of the values not zero, log-normalised, as .h5ad:
+controls and 20 perturbations in one context, half of which are predicted. The command runs in a process of its own and
+writes its report; that process's high-water mark is told. The files are made here and removed.
 """
 
 import argparse
