@@ -25,7 +25,7 @@ from scjax.experiment import perturbation, timeseries
 from scjax.experiment.evidence import Evidence, perturbation_evidence, pseudobulks, series_evidence
 from scjax.metrics.baselines import training_free
 from scjax.metrics.perturbation_report import DEFAULT_METRICS, perturbation_table
-from scjax.metrics.population import MAX_EXACT, POPULATION_METRICS, draw_cells
+from scjax.metrics.population import MAX_EXACT, POPULATION_METRICS
 from scjax.metrics.report import result_table
 from scjax.types import Population
 
@@ -45,7 +45,7 @@ def evaluate_files(
     *,
     spec: DataSpec,
     predicted_spec: DataSpec | None = None,
-    genes: Literal["same", "shared"] = "same",
+    genes: str = "same",
     allow: Collection[str] = (),
     split: PerturbationSplit | TimeSplit | str | Path | None = None,
     training: tuple[str, str] | None = None,
@@ -526,13 +526,10 @@ def _series_tables(
             "predicted. Leave predictions of the training times out, or give a split."
         )
     rng = np.random.default_rng([draws["seed"], 4])
-    fitted_on = np.sort(draw_cells(np.concatenate(list(rows.values())), *_at_most(rows, rng)))
+    fitted_on = _some(np.concatenate(list(rows.values())), _MOST_OF_A_TIME, rng)
     _transforms(truth, sides, fitted_on, spec, n_components)
 
-    def some(side: _Read, of: np.ndarray, most: int) -> np.ndarray:
-        return side.cells(np.sort(draw_cells(of, min(len(of), most), rng)))
-
-    snapshots = {t: some(truth, r, MAX_EXACT) for t, r in rows.items()}
+    snapshots = {t: truth.cells(_some(r, MAX_EXACT, rng)) for t, r in rows.items()}
     about = {
         **about,
         "split": _split_record(_told(split, truth.marked), sorted(rows), test),
@@ -550,8 +547,10 @@ def _series_tables(
     tables = []
     for t in test:
         rules = training_free(snapshots, t, seed=draws["seed"])
-        real = some(truth, truth.rows[t], _MOST_OF_A_TIME)
-        cells = {name: [some(side, side.rows[t], _MOST_OF_A_TIME) for side in row] for name, row in made.items()}
+        real = truth.cells(_some(truth.rows[t], _MOST_OF_A_TIME, rng))
+        cells = {
+            name: [side.cells(_some(side.rows[t], _MOST_OF_A_TIME, rng)) for side in row] for name, row in made.items()
+        }
         table = result_table(
             f"predicted time {t:g}, in {space}; baselines fitted on {_told(split, truth.marked)}: times "
             f"{', '.join(f'{u:g}' for u in sorted(rows))}{told}",
@@ -574,8 +573,9 @@ def _series_tables(
     return tables
 
 
-def _at_most(rows: Mapping[Any, np.ndarray], rng: np.random.Generator) -> tuple[int, np.random.Generator]:
-    return min(sum(map(len, rows.values())), _MOST_OF_A_TIME), rng
+def _some(rows: Int[np.ndarray, " n"], most: int, rng: np.random.Generator) -> Int[np.ndarray, " _"]:
+    """At most so many of the rows, drawn without replacement, increasing."""
+    return rows if len(rows) <= most else np.sort(rng.choice(rows, most, replace=False))
 
 
 def _fewest(real: np.ndarray, cells: Mapping[str, Sequence[np.ndarray]], rules: Mapping[str, Any]) -> int:

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -368,11 +370,34 @@ def test_command(here, monkeypatch, capsys, tmp_path):
     assert json.loads((tmp_path / "numbers.json").read_text()) == results["tables"]
 
 
+def test_commands_of_the_readme(monkeypatch, capsys, tmp_path):
+    """As printed, on files with the names and columns that it tells."""
+    monkeypatch.chdir(tmp_path)
+    real = make_real()
+    real.obs["condition"] = real.obs.pop("drug").astype(str).replace("DMSO", "ctrl")
+    real.write_h5ad("real.h5ad")
+    for seed, name in enumerate(("mine_seed0", "mine_seed1", "theirs")):
+        made = make_predicted(seed)
+        made.obs = made.obs.rename(columns={"what": "condition", "where": "line"})
+        made[made.obs["condition"] != "none"].copy().write_h5ad(f"{name}.h5ad")
+    make_series([0.0, 1.0, 2.0]).write_h5ad("series.h5ad")
+    make_series([1.0], seed=1).write_h5ad("forecast.h5ad")
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (block,) = (b for b in re.findall(r"^```\n(.*?)^```", readme, flags=re.M | re.S) if "--predicted" in b)
+    first, second = (shlex.split(line) for line in block.replace("\\\n", " ").splitlines())
+    for words, folder in ((first, "report"), (second, "times")):
+        main([*words[1:], "--n-draws", "1"])
+        assert (tmp_path / folder / "report.html").exists()
+    told = capsys.readouterr().out
+    assert "pearson_delta: mine " in told
+    assert "W1: forecast " in told
+
+
 @pytest.mark.parametrize(("run", "data"), [("series_run", "series.h5ad"), ("screen_run", "screen.h5ad")])
 def test_report_of_runs(here, monkeypatch, capsys, tmp_path, run, data):
     """With the figures of cells, for both kinds of runs."""
     monkeypatch.chdir(here)
-    main(["evaluate", "--runs", run, "--data", data, "--out", str(tmp_path / "report"), "--n-draws", "2"])
+    main(["evaluate", "--runs", run, "--data", data, "--out", str(tmp_path / "report"), "--n-draws", "1"])
     assert "open" in capsys.readouterr().out
     text = (tmp_path / "report" / "report.html").read_text()
     assert text.count("<img src=") > 6

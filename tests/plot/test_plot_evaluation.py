@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from scjax.plot import palette
-from scjax.plot.evaluation import (  # fmt: skip
+from scjax.plot.evaluation import (
     as_svg_uri,
     calibration,
     distributions,
@@ -89,8 +89,8 @@ def test_calibration():
     assert len(full.get_offsets()) == 3
     assert len(hollow.get_offsets()) == 1
     assert ax.get_xlim() == ax.get_ylim()
-    ax = calibration([0.2, 0.4], [0.3, 0.3], log=False, what="share of zeros")
-    assert "median predicted − real: +0.000" in {t.get_text() for t in ax.texts}
+    ax = calibration([0.25, 0.5], [0.5, 0.5], log=False, what="share of zeros")
+    assert "median predicted − real: +0.125" in {t.get_text() for t in ax.texts}
     assert ax.get_xlabel() == "real share of zeros"
     with pytest.raises(ValueError, match="they share none"):
         calibration([np.nan], [1.0])
