@@ -287,7 +287,8 @@ class Evaluate:
 
         if bool(self.runs) == bool(self.predicted):
             raise ValueError(
-                "give --runs with --data for trained runs, or --predicted with --real for files of predicted cells."
+                "give --runs with at least one folder, and --data, for trained runs; or --predicted with at least one "
+                "file, and --real, for predicted cells."
             )
         of_other = _OF_FILES if self.runs else _OF_RUNS
         wrong = [f.name for f in dataclasses.fields(self) if f.name in of_other and getattr(self, f.name) != f.default]

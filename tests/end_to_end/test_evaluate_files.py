@@ -408,7 +408,7 @@ def test_report_of_runs(here, monkeypatch, capsys, tmp_path, run, data):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["evaluate"], "give --runs with --data for trained runs, or --predicted with --real"),
+        (["evaluate"], "give --runs with at least one folder, and --data"),
         (["evaluate", "--runs", "x", "--real", "real.h5ad"], "--real is of evaluations by --predicted"),
         ([*COMMAND, "--step", "3"], "--step is of evaluations by --runs; this one has --predicted"),
         (["evaluate", "--predicted", "tool1.h5ad"], "--predicted needs --real"),
