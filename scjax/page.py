@@ -175,24 +175,37 @@ def _mark(verdict: str) -> str:
 
 
 def _findings(tables: Sequence[Any]) -> Iterator[str]:
-    """Leaks, where the data and the split were looked at for them."""
+    """Leaks, where the data and the split were looked at for them: provenance["findings"].
+
+    A list of what was found, or a dict of that ("found"), of the names of the rules and of those that the user allows.
+    """
     found: dict[str, Mapping[str, Any]] = {}
-    checked = False
-    for table in tables:
-        if "findings" in table.provenance:
-            checked = True
-            for one in table.provenance["findings"]:
-                found.setdefault(json.dumps(one, sort_keys=True, default=str), one)
+    rules: set[str] = set()
+    allowed: set[str] = set()
+    checked = [table.provenance["findings"] for table in tables if "findings" in table.provenance]
+    for one in checked:
+        listed = one
+        if isinstance(one, Mapping):
+            listed = one["found"]
+            rules |= set(one.get("rules", ()))
+            allowed |= set(one.get("allowed", ()))
+        found |= {json.dumps(finding, sort_keys=True, default=str): finding for finding in listed}
+    by = f" by {len(rules)} rules ({', '.join(sorted(rules))})" if rules else ""
     yield '<section aria-labelledby="leaks">\n<h2 id="leaks">Leaks</h2>\n'
     if not checked:
         yield "<p>Data and split were not searched for leaks.</p>\n"
-    elif not found:
-        yield "<p>Data and split were searched for leaks; none was found.</p>\n"
     else:
+        what = "; none was found" if not found else f"; found: {len(found)}"
+        yield f"<p>{escape(f'Data and split were searched for leaks{by}{what}.')}</p>\n"
+    if found:
         rank = {word: i for i, word in enumerate(SEVERITIES)}
-        columns = ("severity", "rule", "evidence", "mend")
         rows = sorted(found.values(), key=lambda one: rank.get(str(one.get("severity")), len(rank)))
-        yield from _html_table("Findings", columns, [[_text(one.get(c, "")) for c in columns] for one in rows])
+        columns = ("rule", "severity", "evidence", "mend")
+        cells = [[_text(one.get(c, "")) for c in columns] for one in rows]
+        cells = [
+            [rule, f"{severity}{', allowed' if rule in allowed else ''}", *more] for rule, severity, *more in cells
+        ]
+        yield from _html_table("What was found", columns, cells, wraps=True)
     yield "</section>\n"
 
 

@@ -5,6 +5,7 @@ import csv
 import json
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -181,6 +182,19 @@ def test_without_a_search_for_leaks_the_page_says_so(series_text):
     assert "Variance" in words
 
 
+def test_findings_of_a_search(series):
+    """In the form of the search itself: which rules looked, and what the user allows."""
+    table, _ = series
+    found = {"found": FINDINGS[:1], "rules": ["same_cells", "same_genes"], "allowed": ["same_cells"]}
+    for findings, told in (
+        (found, ("searched for leaks by 2 rules (same_cells, same_genes); found: 1.", "note, allowed")),
+        ({**found, "found": []}, ("(same_cells, same_genes); none was found.",)),
+        (FINDINGS, ("searched for leaks; found: 2.", "12 cells")),
+    ):
+        words = " ".join(read(page.render([replace(table, provenance={"findings": findings})])).words)
+        assert all(word in words for word in told)
+
+
 def test_many_tables_have_a_list_of_contents(series, perturbed):
     reader = read(page.render([series[0], perturbed[0]]))
     links = [a["href"] for tag, a in reader.tags if tag == "a"]
@@ -200,7 +214,7 @@ def test_the_interval_is_the_callers(series):
     page.render([table], interval=interval)
     assert seen[0] == (2, 2)
     with pytest.raises(ValueError, match="evidence must be one for each of 1 tables; got 2"):
-        page.render([table], series)
+        page.render([table], [series[1]] * 2)
     with pytest.raises(ValueError, match="at least one table"):
         page.render([])
 
