@@ -442,7 +442,7 @@ def _calibration_figure(real: Sequence[Side], predicted: Sequence[Side], of: str
     return (
         as_svg_uri(ax),
         f"Predicted over real {what} of each feature: {_median(*pair, log=log)}",
-        _sentence(what)[:-1],
+        f"Calibration: {what}",
     )
 
 
