@@ -641,7 +641,7 @@ tbody th,thead th:first-child,table.text th,table.text td{text-align:left}
 tbody tr:nth-child(even){background:var(--band)}
 tr.real th,tr.real td{border-top:2px solid var(--soft)}
 tr.model th{color:var(--loss)}
-tbody th{position:sticky;left:0;background:var(--paper);white-space:normal;min-width:9rem}
+tbody th{position:sticky;left:0;background:var(--paper);white-space:normal;min-width:10rem}
 h2::first-letter{text-transform:uppercase}
 tbody tr:nth-child(even) th{background:var(--band)}
 table.wraps td{white-space:normal;min-width:14rem;max-width:60rem}
