@@ -217,24 +217,62 @@ _OPTIONS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """Compare trained runs with baselines and with real cells on what they held out; prints the tables.
+    """Compare predictions with baselines and with real cells; prints the tables, and writes a report.
+
+    Either trained runs on what they held out (--runs, --data), or files of predicted cells, of whatever tool, beside
+    the file of the real ones (--predicted, --real, --space, and --perturbation or --time).
 
     Attributes:
         runs: FOLDER or NAME=FOLDER of each run. Runs of one name are seeds of one model and share a row of the table;
             the name is that of the model if left out.
-        data: the file that they were trained on, or the files, as they were given then.
-        out: a JSON file for the numbers; an existing file is not overwritten.
+        data: the file that the runs were trained on, or the files, as they were given then.
+        predicted: FILE or NAME=FILE of predicted cells, .h5ad or .zarr. Files of one name are seeds of one model; the
+            name is the file's if left out.
+        real: the file of the real cells: those that were predicted, and those of training, for the baselines.
+        space: files: what the numbers are: "lognormalised" (log1p of normalised counts), "counts", or for a time series
+            "latent". It is never guessed.
+        expression: files: where the numbers are: X, layers/NAME or obsm/NAME.
+        perturbation: files: the obs column of what was done to a cell, A or A+B in any order.
+        control: files: the names that mean that nothing was done; control and ctrl if left out.
+        contexts: files: the obs columns (cell type, line, batch) within which controls are matched.
+        time: files: the obs column of times, in place of --perturbation.
+        predicted_spec: files: what the predicted files call it, where that differs: perturbation=COLUMN, time=COLUMN,
+            expression=obsm/NAME, 'covariates=["COLUMN"]', control=NAME; repeatable.
+        genes: files: "same" refuses files of other genes than the real ones, "shared" compares those that all have.
+        allow: files: nan, negative: predicted values that are otherwise refused.
+        split: files: a JSON of a split (split.json of a run): its test part is compared, its training part is what the
+            baselines know. Without it they know all that `real` holds besides what is predicted.
+        training: files: instead, COLUMN=VALUE of the training cells of `real`.
+        n_components: files of a time series: compare in so many principal components of the training cells.
+        out: a new folder for the report (report.html), tidy tables (.csv) and all numbers (results.json); or a JSON
+            file for the numbers alone. Nothing is overwritten.
+        formats: of the tidy tables: csv, parquet (needs pyarrow).
         n_cells: cells of each population in each comparison; by the smallest population if left out.
         n_draws: repeated draws of cells.
-        seed: of the draws and of the predictions.
-        step: of the checkpoints; the newest of each run if left out.
-        on_unknown: perturbations, cell sets: what stands for a condition that training never saw.
-        verbose: print all settings of the runs first.
+        seed: of the draws, and of the predictions of runs.
+        step: runs: of the checkpoints; the newest of each run if left out.
+        on_unknown: runs on perturbations, cell sets: what stands for a condition that training never saw.
+        verbose: print all settings of the runs, or all options, first.
     """
 
-    runs: tuple[str, ...]
+    runs: tuple[str, ...] = ()
     data: _Data = ()
+    predicted: tuple[str, ...] = ()
+    real: Path | None = None
+    space: Literal["lognormalised", "counts", "latent"] | None = None
+    expression: str = "X"
+    perturbation: str | None = None
+    control: tuple[str, ...] = ()
+    contexts: tuple[str, ...] = ()
+    time: str | None = None
+    predicted_spec: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="KEY=VALUE")] = ()
+    genes: Literal["same", "shared"] = "same"
+    allow: tuple[Literal["nan", "negative"], ...] = ()
+    split: Path | None = None
+    training: Annotated[str | None, tyro.conf.arg(metavar="COLUMN=VALUE")] = None
+    n_components: int | None = None
     out: Path | None = None
+    formats: tuple[Literal["csv", "parquet"], ...] = ("csv",)
     n_cells: int | None = None
     n_draws: int = 5
     seed: int = 0
@@ -243,23 +281,53 @@ class Evaluate:
     verbose: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
     def execute(self) -> None:
+        from scjax import page
         from scjax.data.leaks import Findings
-        from scjax.experiment import evaluate, report_of
+        from scjax.experiment import report_of
+        from scjax.experiment.tidy import check_formats
+
+        if bool(self.runs) == bool(self.predicted):
+            raise ValueError(
+                "give --runs with at least one folder, and --data, for trained runs; or --predicted with at least one "
+                "file, and --real, for predicted cells."
+            )
+        of_other = _OF_FILES if self.runs else _OF_RUNS
+        wrong = [f.name for f in dataclasses.fields(self) if f.name in of_other and getattr(self, f.name) != f.default]
+        if wrong:
+            given, other = ("--runs", "--predicted") if self.runs else ("--predicted", "--runs")
+            raise ValueError(f"--{wrong[0].replace('_', '-')} is of evaluations by {other}; this one has {given}.")
+        if self.out is not None and self.out.suffix == ".json":
+            _check_out(self.out, ".json")
+        elif self.out is not None:
+            page.check_folder(self.out)
+        check_formats(self.formats)
+        kept: list[Any] | None = [] if self.out is not None and self.out.suffix != ".json" else None
+        tables, models = self.of_runs(kept) if self.runs else self.of_files(kept)
+        print(Findings.from_json_dict(tables[0].provenance["findings"]).render() + "\n")
+        for table in tables:
+            report = report_of(table)
+            print(report.render(table))
+            lines = (report.verdict(table, name, metric.name) for name in models for metric in table.metrics)
+            print("\n".join(lines) + "\n")
+        if kept is not None:
+            page.write(self.out, tables, kept, formats=self.formats)
+            print(f"report, tables and numbers written to {self.out}; open {self.out / 'report.html'} in a browser")
+        elif self.out is not None:
+            numbers = [report_of(table).to_json_dict(table) for table in tables]
+            self.out.write_text(json.dumps(numbers, indent=1) + "\n")
+            print(f"numbers written to {self.out}")
+
+    def of_runs(self, keep: list[Any] | None) -> tuple[list[Any], list[str]]:
+        from scjax.experiment import evaluate
 
         runs: dict[str, list[Path]] = {}
         settings: dict[str, Experiment] = {}
         for given in self.runs:
-            name, equals, folder = given.partition("=")
-            if not equals or Path(given).exists():
-                name, folder = None, given
+            name, folder = _named_path(given)
             found = read_experiment(folder)
-            name = predict.model_title(found.model) if name is None else name
+            name = name or predict.model_title(found.model)
             settings.setdefault(name, found)
-            runs.setdefault(name, []).append(Path(folder))
-        if not runs:
-            raise ValueError("--runs must name at least one folder of a run.")
-        if self.out is not None:
-            _check_out(self.out, ".json")
+            runs.setdefault(name, []).append(folder)
         more = {}
         if any(found.kind != "TimeSeriesExperiment" for found in settings.values()):
             more = {"on_unknown": self.on_unknown}
@@ -268,21 +336,60 @@ class Evaluate:
         told = "; ".join(f"{name}: {', '.join(map(str, folders))}" for name, folders in runs.items())
         _announce(f"evaluate {told}", self.verbose, self, {name: to_dict(settings[name]) for name in runs})
         first = next(iter(runs))
-        about = _about(runs[first][0])
-        adata = _read_data(self.data, settings[first].kind, about)
-        tables = evaluate(
-            runs, adata, n_cells=self.n_cells, n_draws=self.n_draws, seed=self.seed, step=self.step, **more
+        adata = _read_data(self.data, settings[first].kind, _about(runs[first][0]))
+        draws = {"n_cells": self.n_cells, "n_draws": self.n_draws, "seed": self.seed}
+        return evaluate(runs, adata, step=self.step, keep=keep, **draws, **more), list(runs)
+
+    def of_files(self, keep: list[Any] | None) -> tuple[list[Any], list[str]]:
+        from scjax.data.spec import DataSpec
+        from scjax.experiment import evaluate_files
+
+        for name in ("real", "space"):
+            if getattr(self, name) is None:
+                raise ValueError(f"--predicted needs --{name}; see `scjax evaluate --help`.")
+        control = {"control": self.control} if self.control else {}
+        spec = DataSpec(
+            expression=self.expression,
+            space=self.space,
+            perturbation=self.perturbation,
+            time=self.time,
+            covariates=self.contexts,
+            **control,
         )
-        print(Findings.from_json_dict(tables[0].provenance["findings"]).render() + "\n")
-        for table in tables:
-            report = report_of(table)
-            print(report.render(table))
-            lines = (report.verdict(table, name, metric.name) for name in runs for metric in table.metrics)
-            print("\n".join(lines) + "\n")
-        if self.out is not None:
-            numbers = [report_of(table).to_json_dict(table) for table in tables]
-            self.out.write_text(json.dumps(numbers, indent=1) + "\n")
-            print(f"numbers written to {self.out}")
+        theirs = override(spec, _assignments("predicted-spec", self.predicted_spec, "perturbation=condition"))
+        files: dict[str, list[Path]] = {}
+        for given in self.predicted:
+            name, file = _named_path(given)
+            files.setdefault(name or file.stem, []).append(file)
+        training = None
+        if self.training is not None:
+            key, equals, value = self.training.partition("=")
+            if not equals:
+                raise ValueError(f"--training takes COLUMN=VALUE, such as split=train; got {self.training!r}.")
+            training = (key, value)
+        told = "; ".join(f"{name}: {', '.join(map(str, paths))}" for name, paths in files.items())
+        _announce(f"evaluate {told}; real cells: {self.real}", self.verbose, self, to_dict(spec))
+        tables = evaluate_files(
+            files,
+            self.real,
+            spec=spec,
+            predicted_spec=theirs,
+            genes=self.genes,
+            allow=self.allow,
+            split=self.split,
+            training=training,
+            n_components=self.n_components,
+            n_cells=self.n_cells,
+            n_draws=self.n_draws,
+            seed=self.seed,
+            keep=keep,
+        )
+        return tables, list(files)
+
+
+_OF_RUNS = ("data", "step", "on_unknown")
+_OF_FILES = ("real", "space", "expression", "perturbation", "control", "contexts", "time", "predicted_spec", "genes")
+_OF_FILES += ("allow", "split", "training", "n_components")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -373,12 +480,8 @@ def _parse_train(arguments: list[str]) -> Train:
             f"train needs --preset NAME or --config FILE.json. The presets: {', '.join(presets.names())}. "
             "`scjax show NAME` prints one, `scjax train --help` the options."
         )
-    assignments = [a for a in seen.set if a is not None]
-    for assignment in assignments:
-        if "=" not in assignment:
-            raise ValueError(f"--set takes KEY=VALUE, such as model.n_heads=1; got {assignment!r}.")
     # All at once: the fields of another kind of split are only whole together.
-    chosen = override(experiment, dict(a.split("=", 1) for a in assignments))
+    chosen = override(experiment, _assignments("set", [a for a in seen.set if a is not None], "model.n_heads=1"))
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Chosen(Train):
@@ -386,6 +489,19 @@ def _parse_train(arguments: list[str]) -> Train:
 
     Chosen.__doc__ = Train.__doc__
     return tyro.cli(Chosen, prog="scjax train", args=arguments)
+
+
+def _assignments(option: str, given: Sequence[str], example: str) -> dict[str, str]:
+    for assignment in given:
+        if "=" not in assignment:
+            raise ValueError(f"--{option} takes KEY=VALUE, such as {example}; got {assignment!r}.")
+    return dict(assignment.split("=", 1) for assignment in given)
+
+
+def _named_path(given: str) -> tuple[str, Path]:
+    """NAME=PATH; a path that has the sign itself is one, if it is there."""
+    name, equals, path = given.partition("=")
+    return (name, Path(path)) if equals and not Path(given).exists() else ("", Path(given))
 
 
 def _settings(what: str) -> Experiment:
@@ -523,8 +639,7 @@ def _read_data(given: Sequence[str], kind: str, about: dict[str, Any] | None = N
         raise ValueError("give --data, the .h5ad or .zarr with the cells.")
     named = []
     for one in given:
-        name, equals, file = one.partition("=")
-        named.append((name, Path(file)) if equals and not Path(one).exists() else ("", Path(one)))
+        named.append(_named_path(one))
     has_name = any(name for name, _ in named)
     if kind != "CellSetExperiment":
         if len(named) > 1 or has_name:

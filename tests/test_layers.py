@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "experiment": WORDS | MATHEMATICS | SERVICES | THIRD | {"data", "models"},
     "presets": WORDS | MATHEMATICS | SERVICES | THIRD | {"data", "models", "experiment"},
 }
-TOP = {"cli", "demo", "__main__"}  # may import all
+TOP = {"cli", "demo", "page", "__main__"}  # may import all
 
 # Where a library may be imported; jax, jaxtyping and numpy may be everywhere.
 HOMES = {
@@ -51,10 +51,24 @@ HOMES = {
     "matplotlib": {"plot"},
     "tyro": {"cli"},
     "torch": {"convert"},
+    "pyarrow": {"experiment"},  # not installed everywhere
 }
 EVERYWHERE = {"jax", "jaxtyping", "numpy"}
 # Costly to load, or not installed everywhere: inside the function that needs it, so that importing scjax stays free.
-LAZY = {"torch", "ot", "ott", "orbax", "anndata", "pandas", "h5py", "zarr", "sklearn", "igraph", "matplotlib"}
+LAZY = {
+    "torch",
+    "ot",
+    "ott",
+    "orbax",
+    "anndata",
+    "pandas",
+    "h5py",
+    "zarr",
+    "sklearn",
+    "igraph",
+    "matplotlib",
+    "pyarrow",
+}
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
 name_of = lambda path: path.relative_to(PACKAGE.parent).as_posix()  # noqa: E731

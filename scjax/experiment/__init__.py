@@ -2,6 +2,7 @@
 
 run = train(experiment, adata, "runs/first")          the folder holds settings, split, log, checkpoints
 table = evaluate(["runs/first"], adata)[0]            what training never saw, against baselines and real cells
+table = evaluate_files({"mine": ["predicted.h5ad"]}, "real.h5ad", spec=spec)[0]        predictions of any tool
 """
 
 import json
@@ -15,6 +16,7 @@ from scjax.config import from_dict, from_json
 from scjax.data.spec import AnnData
 from scjax.experiment import cellsets, perturbation, timeseries
 from scjax.experiment.cellsets import CellSetExperiment, Pretrained
+from scjax.experiment.files import evaluate_files
 from scjax.experiment.perturbation import PerturbationExperiment
 from scjax.experiment.run import (
     Run,
@@ -38,6 +40,7 @@ __all__ = [
     "Run",
     "TimeSeriesExperiment",
     "evaluate",
+    "evaluate_files",
     "read_experiment",
     "report_of",
     "train",
@@ -127,7 +130,8 @@ def evaluate(
             rows, the runs of several models. All of them must be of one kind and one split of these data.
         step: of the checkpoints; the newest of each run unless given.
         options: of `timeseries.tables`, which gives one table a held-out time, or of `perturbation.tables`, which gives
-            one of all held-out populations: metrics, n_cells, n_draws, seed, ...
+            one of all held-out populations: metrics, n_cells, n_draws, seed, ...; `keep`, a list, gets the evidence of
+            each table (`experiment.evidence`), from which `scjax.page` draws its figures.
 
     Raises:
         ValueError: nothing held out, runs of different kinds, splits or spaces, a row of different models, data that

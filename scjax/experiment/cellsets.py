@@ -22,6 +22,7 @@ from scjax.data.sampling import CellSetSampling
 from scjax.data.source import SOURCE, Absent, join
 from scjax.data.spec import AnnData, DataSpec
 from scjax.data.splits import HoldOutContexts, PerturbationSplit, PerturbationSplitRule
+from scjax.experiment.evidence import Evidence
 from scjax.experiment.held_out import population_tables
 from scjax.experiment.run import Task, check_loop, check_validation, data_digest
 from scjax.metrics.perturbation_report import DEFAULT_METRICS, PerturbationTable
@@ -275,6 +276,7 @@ def tables(
     seed: int = 0,
     on_unknown: OnUnknown = "error",
     provenance: Mapping[str, Any],
+    keep: list[Evidence] | None = None,
 ) -> list[PerturbationTable]:
     """As `experiment.perturbation.tables`, on the genes that all sources measured.
 
@@ -301,6 +303,7 @@ def tables(
         provenance={**provenance, "findings": findings.to_json_dict()},
         genes=genes,
         controls=_said_of_controls(first),
+        keep=keep,
     )
 
 

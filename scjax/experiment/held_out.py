@@ -10,6 +10,7 @@ from scjax.config import to_dict
 from scjax.data.conditions import OnUnknown
 from scjax.data.perturbation import unseen_axis
 from scjax.data.spec import AnnData
+from scjax.experiment.evidence import Evidence, perturbation_evidence
 from scjax.experiment.run import comparable_runs
 from scjax.metrics.perturbation_report import PerturbationTable, perturbation_table
 from scjax.predict.populations import generation_of, predicted_cells
@@ -33,6 +34,7 @@ def population_tables(
     provenance: Mapping[str, Any],
     genes: np.ndarray | None = None,
     controls: str = "which training saw",
+    keep: list[Evidence] | None = None,
 ) -> list[PerturbationTable]:
     """See `scjax.experiment.perturbation.tables`.
 
@@ -41,6 +43,7 @@ def population_tables(
         vectors: external ones by name, for baselines and for what training never saw.
         genes: bool[genes], those that are compared; None compares all.
         controls: what the title says of the control cells.
+        keep: a list that gets the evidence of each table.
     """
     first = comparable_runs(trained, ("split", "transform"))[0]
     split = first.split
@@ -83,7 +86,7 @@ def population_tables(
     if len(axes) > 1:
         titles |= {f"held-out populations, unseen: {axis}": of_axis for axis, of_axis in axes.items()}
     n_controls = sum(len(x) for p, x in training.items() if p.is_control and p.context in contexts)
-    return [
+    tables = [
         perturbation_table(
             f"{title}; predicted from the {n_controls} control cells of their contexts, {controls}",
             {name: [{p: cells[p] for p in wanted} for cells in of_row] for name, of_row in made.items()},
@@ -104,6 +107,12 @@ def population_tables(
         )
         for title, wanted in titles.items()
     ]
+    if keep is not None:
+        compared = {p: x[:, kept] for p, x in training.items()}
+        observed = {p: real[p][:, kept] for p in test}
+        firsts = {name: cells[0] for name, cells in made.items()}
+        keep += [perturbation_evidence(t, firsts, compared, observed, names, vectors=vectors) for t in tables]
+    return tables
 
 
 def _check_makers(name: str, predicted: Sequence[AnnData], runs: Sequence[Any]) -> None:

@@ -19,6 +19,7 @@ from scjax.data.preprocess import Preprocess
 from scjax.data.sampling import PairedSampling
 from scjax.data.spec import AnnData, DataSpec
 from scjax.data.splits import PerturbationSplitRule
+from scjax.experiment.evidence import Evidence
 from scjax.experiment.held_out import population_tables
 from scjax.experiment.run import Task, check_loop, check_validation, data_digest
 from scjax.metrics.perturbation_report import DEFAULT_METRICS, PerturbationTable
@@ -145,6 +146,7 @@ def tables(
     seed: int = 0,
     on_unknown: OnUnknown = "error",
     provenance: Mapping[str, Any],
+    keep: list[Evidence] | None = None,
 ) -> list[PerturbationTable]:
     """One of all test populations, and where they are new in several ways, one of each way besides.
 
@@ -160,6 +162,7 @@ def tables(
         n_draws: such draws.
         seed: of the draws, and of the generated cells.
         on_unknown: what to do about perturbations that training never saw, see `predict.perturbation.predict`.
+        keep: a list that gets the evidence of each table, for its figures.
 
     Raises:
         ValueError: nothing held out, runs that differ in their split or genes, predictions that lack a population or a
@@ -186,6 +189,7 @@ def tables(
         on_unknown=on_unknown,
         vectors=spec.read_vectors(adata) or None,
         provenance={**provenance, "findings": findings.to_json_dict()},
+        keep=keep,
     )
 
 

@@ -16,6 +16,7 @@ from scjax.data.sampling import TimeSeriesSampling
 from scjax.data.spec import AnnData, DataSpec
 from scjax.data.splits import HoldOutInterior, TimeSplit, TimeSplitRule
 from scjax.data.timeseries import TimeScale, TimeSeriesData, prepare_time_series
+from scjax.experiment.evidence import Evidence, series_evidence
 from scjax.experiment.run import Task, check_loop, comparable_runs, data_digest
 from scjax.metrics.baselines import training_free
 from scjax.metrics.population import POPULATION_METRICS, Metric
@@ -114,8 +115,9 @@ def tables(
     n_draws: int = 5,
     seed: int = 0,
     provenance: Mapping[str, Any],
+    keep: list[Evidence] | None = None,
 ) -> list[ResultTable]:
-    """One a held-out time. See `scjax.experiment.evaluate`."""
+    """One a held-out time; `keep` gets the evidence of each, for its figures. See `scjax.experiment.evaluate`."""
     first = comparable_runs(trained, ("split", "times", "transform"))[0]
     split = first.about["split"]
     if not split["held_out"]:
@@ -135,11 +137,14 @@ def tables(
         name: [simulate_cells(run, population[run.times[0]], split["held_out"], jax.random.key(seed)).x for run in rows]
         for name, rows in trained.items()
     }
-    return [
-        result_table(
+    snapshots = {u: population[u] for u in split["train"]}
+    tables = []
+    for i, t in enumerate(split["held_out"]):
+        rules = training_free(snapshots, t, seed=seed)
+        table = result_table(
             f"held-out time {t:g}, trained on times {', '.join(f'{u:g}' for u in split['train'])}",
             {name: [x[i] for x in paths] for name, paths in simulated.items()},
-            training_free({u: population[u] for u in split["train"]}, t, seed=seed),
+            rules,
             population[t],
             metrics,
             n_cells=n_cells,
@@ -147,8 +152,12 @@ def tables(
             seed=seed,
             provenance=provenance,
         )
-        for i, t in enumerate(split["held_out"])
-    ]
+        tables.append(table)
+        if keep is not None:
+            made = {name: paths[0][i] for name, paths in simulated.items()}
+            features = [f"dimension {d + 1}" for d in range(latent.shape[1])]
+            keep.append(series_evidence(t, made, snapshots, rules, population[t], features, are_genes=False, seed=seed))
+    return tables
 
 
 def _batches(experiment: TimeSeriesExperiment, data: TimeSeriesData) -> Callable[[int], Any]:

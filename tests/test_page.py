@@ -1,0 +1,295 @@
+"""The report folder: one page that loads nothing, tidy tables, JSON; the same bytes for the same tables."""
+
+import base64
+import csv
+import json
+import math
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from scjax import page
+from scjax.experiment.evidence import perturbation_evidence, series_evidence
+from scjax.experiment.tidy import digest_of, score_rows
+from scjax.metrics.baselines import training_free
+from scjax.metrics.expression import EXPRESSION_METRICS
+from scjax.metrics.perturbation_report import perturbation_table
+from scjax.metrics.population import POPULATION_METRICS
+from scjax.metrics.report import result_table
+from scjax.types import Population
+
+HOSTILE = '<script>alert("1")</script>&$x_{'
+GENES = ["<b>g0</b>", "$g_{1", *(f"g{i}" for i in range(2, 10))]
+METRICS = {name: EXPRESSION_METRICS[name] for name in ("pearson_delta", "l2", "overlap_at_N")}
+FINDINGS = [
+    {"rule": "same_cells", "severity": "note", "evidence": "none to speak of", "mend": "nothing"},
+    {"rule": HOSTILE, "severity": "error", "evidence": "12 cells", "mend": "remove them"},
+]
+
+
+@pytest.fixture(scope="module")
+def perturbed():
+    """A table with hostile names, two models (one of them with a cell that is not finite), findings, and evidence."""
+    rng = np.random.default_rng(0)
+
+    def cells(n, *parts):
+        shift = sum((np.random.default_rng([1, len(p)]).normal(size=10) for p in parts), np.zeros(10))
+        return np.maximum(1 + shift + 0.4 * rng.normal(size=(n, 10)), 0)
+
+    a, b, c = "A", HOSTILE, "three"
+    training = {Population(()): cells(20), **{Population((p,)): cells(8, p) for p in (a, b, c)}}
+    real = {Population((a, b)): cells(9, a, b), Population((b, c)): cells(8, b, c)}
+    made = {p: cells(7, *p.perturbation) for p in real}
+    broken = {p: x.copy() for p, x in made.items()}
+    broken[Population((a, b))][0, 0] = np.nan
+    models = {HOSTILE: [made, {p: x + 0.1 for p, x in made.items()}], "broken": [broken]}
+    about = {"data": {"digest": "d" * 32}, "split": {"train": ["A"], "test": ["B"]}, "findings": FINDINGS}
+    table = perturbation_table(
+        "populations; of <i>a</i> test", models, training, real, METRICS, n_draws=2, seed=0, gene_names=GENES,
+        provenance=about,
+    )  # fmt: skip
+    firsts = {name: seeds[0] for name, seeds in models.items()}
+    return table, perturbation_evidence(table, firsts, training, real, GENES)
+
+
+@pytest.fixture(scope="module")
+def series():
+    rng = np.random.default_rng(0)
+    snapshots = {t: t + rng.normal(size=(12, 3)) for t in (0.0, 2.0)}
+    rules = training_free(snapshots, 1.0, seed=0)
+    real, made = 1 + rng.normal(size=(11, 3)), 1 + rng.normal(size=(10, 3))
+    metrics = {"W1": POPULATION_METRICS["W1"]}
+    table = result_table("time 1", {"model": [made, made + 0.1]}, rules, real, metrics, n_draws=2, seed=0)
+    found = series_evidence(1.0, {"model": made}, snapshots, rules, real, list("xyz"), are_genes=False, seed=0)
+    return table, found
+
+
+@pytest.fixture(scope="module")
+def text(perturbed):
+    table, found = perturbed
+    return page.render([table], [found])
+
+
+@pytest.fixture(scope="module")
+def series_text(series):
+    table, found = series
+    return page.render([table], [found])
+
+
+class Reader(HTMLParser):
+    """Checks that tags are closed in order; collects them and the words outside of style."""
+
+    VOID = ("meta", "img")
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.tags, self.words = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.words.append(data)
+
+
+def read(text):
+    reader = Reader()
+    reader.feed(text)
+    reader.close()
+    assert reader.open == []
+    return reader
+
+
+def test_the_page_loads_nothing(text):
+    tags = read(text).tags
+    assert {tag for tag, _ in tags} & {"script", "link", "iframe", "object", "base"} == set()
+    for _, attributes in tags:
+        for name in ("src", "href", "style", "srcset"):
+            assert re.match(r"data:image/svg\+xml;base64,|#", attributes.get(name) or "#")
+        assert not [name for name in attributes if name.startswith("on")]
+    assert "url(" not in text
+    assert "@import" not in text
+    for tag, attributes in tags:
+        if tag == "img":
+            drawn = base64.b64decode(attributes["src"].partition(",")[2]).decode()
+            outside = re.findall(r"(?:href|src)=\"(?!#|data:)([^\"]*)", drawn)
+            assert not outside
+            assert "<script" not in drawn
+
+
+def test_a_reader_without_eyes_finds_the_way(text):
+    tags = read(text).tags
+    headings = [int(tag[1]) for tag, _ in tags if re.fullmatch("h[1-6]", tag)]
+    assert headings[0] == 1
+    assert headings.count(1) == 1
+    assert all(after <= before + 1 for before, after in zip(headings, headings[1:], strict=False))
+    images = [attributes for tag, attributes in tags if tag == "img"]
+    assert len(images) > 10
+    assert all(len(a["alt"]) > 15 for a in images)
+    assert {a.get("lang") for tag, a in tags if tag == "html"} == {"en"}
+    assert all(a.get("tabindex") == "0" and a["aria-label"] for _, a in tags if a.get("class") == "scroll")
+    assert all(a.get("scope") in ("row", "col") for tag, a in tags if tag == "th")
+
+
+def test_hostile_names_are_words(text):
+    assert "<script" not in text
+    assert "<b>" not in text
+    assert "<i>" not in text
+    words = " ".join(read(text).words)
+    assert HOSTILE in words
+    assert "populations; of <i>a</i> test" in words
+
+
+def test_the_verdict_comes_first_then_leaks_then_scores(text, perturbed):
+    table, _ = perturbed
+    words = " ".join(read(text).words)
+    order = ["Verdict", "Leaks", "Scores", "Ranking", "Figures of", "What the numbers are", "Failures", "Where the num"]
+    places = [words.index(word) for word in order]
+    assert places == sorted(places)
+    assert words.index("remove them") < words.index("none to speak of")  # errors before notes
+    for metric in table.metrics:
+        assert metric.definition in words
+    for row in table.rows:
+        assert row.name in words
+    assert "dddddddd" in words
+    assert digest_of({"train": ["A"], "test": ["B"]}) in words
+
+
+def test_failures_are_told(text):
+    """The broken model is failed in every metric, and its figures are those of what is whole."""
+    words = " ".join(read(text).words)
+    assert "broken: 1 predicted cells are not finite." in words
+    assert "1 of them are left out: they hold cells that are not finite." in words
+    assert "failed (1)" in words
+    assert "Every value could be computed." not in words
+
+
+def test_without_a_search_for_leaks_the_page_says_so(series_text):
+    words = " ".join(read(series_text).words)
+    assert "were not searched for leaks" in words
+    assert "Every value could be computed." in words
+    assert "Change of the mean of each feature since time 0" in words
+    assert "Calibration: variance" in words
+    assert "Calibration: share of zeros" not in words  # coordinates have none
+
+
+def test_findings_of_a_search(series):
+    """In the form of the search itself: which rules looked, and what the user allows."""
+    table, _ = series
+    found = {"found": FINDINGS[:1], "rules": ["same_cells", "same_genes"], "allowed": ["same_cells"]}
+    for findings, told in (
+        (found, ("searched for leaks by 2 rules (same_cells, same_genes); found: 1.", "note, allowed")),
+        ({**found, "found": []}, ("(same_cells, same_genes); none was found.",)),
+        (FINDINGS, ("searched for leaks; found: 2.", "12 cells")),
+    ):
+        words = " ".join(read(page.render([replace(table, provenance={"findings": findings})])).words)
+        assert all(word in words for word in told)
+
+
+def test_many_tables_have_a_list_of_contents(series, perturbed):
+    reader = read(page.render([series[0], perturbed[0]]))
+    links = [a["href"] for tag, a in reader.tags if tag == "a"]
+    assert links == ["#table-1", "#table-2"]
+    assert {"table-1", "table-2"} <= {a.get("id") for _, a in reader.tags}
+
+
+def test_the_interval_is_the_callers(series):
+    """It gets values[seeds, draws] of a held-out time, [seeds, populations] else."""
+    table, _ = series
+    seen = []
+
+    def interval(values):
+        seen.append(values.shape)
+        return 0.0, 1.0
+
+    page.render([table], interval=interval)
+    assert seen[0] == (2, 2)
+    with pytest.raises(ValueError, match="evidence must be one for each of 1 tables; got 2"):
+        page.render([table], [series[1]] * 2)
+    with pytest.raises(ValueError, match="at least one table"):
+        page.render([])
+
+
+def test_bootstrap():
+    """Seeds are no cases; the width is that of a mean of 400 values of unit variance."""
+    values = np.random.default_rng(0).normal(size=400)
+    low, high = page.bootstrap(np.stack([values, values]))
+    assert low < values.mean() < high
+    assert high - low == pytest.approx(2 * 1.96 / math.sqrt(400), rel=0.15)
+    assert page.bootstrap(values[None]) == (low, high)
+    assert all(map(math.isnan, page.bootstrap(values[:1][None])))
+    assert all(map(math.isnan, page.bootstrap(np.array([[1.0, np.nan]]))))
+
+
+def test_the_same_bytes(perturbed, text, series, series_text, tmp_path):
+    """As before, for both kinds of tables; what is there is never overwritten."""
+    for name, (table, found) in {"one": perturbed, "two": series}.items():
+        page.write(tmp_path / name, [table], [found])
+        names = {path.name for path in (tmp_path / name).iterdir()}
+        assert names == {"metrics.csv", "report.html", "results.json", "scores.csv", "tables.csv"}
+    assert (tmp_path / "one" / "report.html").read_text(encoding="utf-8") == text
+    assert (tmp_path / "two" / "report.html").read_text(encoding="utf-8") == series_text
+    with pytest.raises(ValueError, match="exists already and is not overwritten"):
+        page.write(tmp_path / "one", [perturbed[0]])
+
+
+def test_tidy_tables(perturbed, series, tmp_path):
+    tables = [perturbed[0], series[0]]
+    page.write(tmp_path / "out", tables, about={"command": "evaluate"})
+    with open(tmp_path / "out" / "scores.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    table = perturbed[0]
+    first = [r for r in rows if r["table"] == "1" and r["row"] == HOSTILE and r["metric"] == "l2"]
+    assert [(r["seed"], r["condition"]) for r in first] == [
+        (seed, p.condition) for seed in "01" for p in table.populations
+    ]
+    np.testing.assert_array_equal([float(r["value"]) for r in first], table.row(HOSTILE).by_population("l2").ravel())
+    status = {(r["row"], r["metric"], r["population"]): r["status"] for r in rows if r["table"] == "1"}
+    lost, other = map(str, table.populations)
+    assert status["broken", "l2", lost] == "failed"
+    assert status["broken", "l2", other] == "ok"
+    assert status["shift", "l2", other] == "undefined"
+    assert {r["kind"] for r in rows} == {"model", "baseline", "ceiling"}
+    assert [r["value"] for r in rows if r["row"] == "shift"] == [""] * 6
+    second = [r for r in rows if r["table"] == "2" and r["row"] == "model"]
+    assert [float(r["value"]) for r in second] == [c.scores["W1"].mean for c in series[0].row("model").comparisons]
+    with open(tmp_path / "out" / "metrics.csv", encoding="utf-8", newline="") as file:
+        metrics = {r["metric"]: r for r in csv.DictReader(file)}
+    assert set(metrics) == {*METRICS, "W1"}
+    assert metrics["l2"]["definition"] == METRICS["l2"].definition
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert found["command"] == "evaluate"
+    assert found["hashes"]["data"] == "d" * 32
+    assert len(found["tables"]) == 2
+
+
+def test_parquet(perturbed, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet", reason="Parquet is written where pyarrow is installed")
+    page.write(tmp_path / "out", [perturbed[0]], formats=("parquet",))
+    rows = parquet.read_table(tmp_path / "out" / "scores.parquet").to_pylist()
+    assert rows == list(score_rows([perturbed[0]]))
+    assert not (tmp_path / "out" / "scores.csv").exists()
+
+
+def test_formats_are_checked_before_anything_is_written(perturbed, tmp_path, monkeypatch):
+    table, _ = perturbed
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    for formats, message in (
+        (("parquet",), "needs pyarrow"),
+        (("xlsx",), "must be one of 'csv', 'parquet'; got 'xlsx'"),
+        ((), "it is empty"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            page.write(tmp_path / "out", [table], formats=formats)
+    with pytest.raises(ValueError, match="folder that does not exist"):
+        page.write(tmp_path / "no" / "out", [table])
+    assert not (tmp_path / "out").exists()
