@@ -5,29 +5,28 @@ The page loads nothing: style, figures and numbers are in it. The same tables gi
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 
 from scjax.experiment import report_of
 from scjax.experiment.evidence import Evidence, PerturbationEvidence, SeriesEvidence, Side
 from scjax.experiment.tidy import check_formats, results, write_tidy
+from scjax.metrics.intervals import Interval, interval
 from scjax.metrics.perturbation_report import PerturbationTable
-from scjax.metrics.report import decimals_of, finite_or_none, number
+from scjax.metrics.report import bounds, decimals_of, finite_or_none, number
 from scjax.types import Population
 
-__all__ = ["Interval", "bootstrap", "check_folder", "render", "write"]
+__all__ = ["check_folder", "render", "write"]
 
-# From values[seeds, cases] to the ends of an interval for their mean; cases are populations, or draws of cells.
-Interval: TypeAlias = Callable[[Float[np.ndarray, "_ _"]], tuple[float, float]]
-
-N_RESAMPLES = 2000
 ARROWS = {"lower is better": "↓", "higher is better": "↑", "1 is best": "→1", "no direction": ""}
-BOLD = "Bold: the best of models and baselines. ± is over training seeds, or over draws of cells in a time series."
+BOLD = (
+    "Bold: the best of models and baselines. ± is over training seeds, or over draws of cells in a time series; "
+    "[low, high] the 95 % bootstrap interval over populations and seeds, or over draws of cells, from five of them on."
+)
 FDR = 0.05  # a gene is called differentially expressed below it
 GROUPS = {"predicted": ("predicted",), "background": "control"}
 SEVERITIES = ("error", "warning", "note")  # the worst first; another word comes last
@@ -39,7 +38,6 @@ def write(
     evidence: Sequence[Evidence] = (),
     *,
     formats: Sequence[str] = ("csv",),
-    interval: Interval | None = None,
     about: Mapping[str, Any] | None = None,
 ) -> list[Path]:
     """Makes `folder` and writes what an evaluation found:
@@ -52,7 +50,6 @@ def write(
         tables: of `experiment.evaluate` or `evaluate_files`.
         evidence: what these kept, one a table, for the figures of cells; without it the page has the ranking alone.
         formats: of the tidy tables: "csv", "parquet" (needs pyarrow).
-        interval: as for `render`.
         about: more for results.json, such as the options of the command.
 
     Raises:
@@ -61,7 +58,7 @@ def write(
     folder = Path(folder)
     check_folder(folder)
     check_formats(formats)
-    page = render(tables, evidence, interval=interval)
+    page = render(tables, evidence)
     numbers = json.dumps({**(about or {}), **results(tables)}, indent=1, default=str) + "\n"
     folder.mkdir()
     written = write_tidy(folder, tables, formats)
@@ -79,32 +76,15 @@ def check_folder(folder: Path) -> None:
         raise ValueError(f"out {folder} would lie in a folder that does not exist; make {folder.parent} first.")
 
 
-def bootstrap(values: Float[np.ndarray, "_ _"], *, seed: int = 0) -> tuple[float, float]:
-    """The 95 % percentile interval of the mean of values[seeds, cases], cases drawn with replacement.
-
-    NaN with fewer than two cases. Seeds are averaged first: they are no independent cases.
-    """
-    of_case = np.asarray(values, np.float64).mean(axis=0)
-    if len(of_case) < 2 or not np.isfinite(of_case).all():
-        return math.nan, math.nan
-    rng = np.random.default_rng(seed)
-    means = of_case[rng.integers(len(of_case), size=(N_RESAMPLES, len(of_case)))].mean(axis=1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
-
-
 def render(
     tables: Sequence[Any],
     evidence: Sequence[Evidence] = (),
     *,
-    interval: Interval | None = None,
     title: str = "Evaluation",
 ) -> str:
     """The page, as text.
 
     Args:
-        interval: of the dots of the ranking, from values[seeds, populations]; for a held-out time, which is one case,
-            from values[seeds, draws of cells]. `bootstrap` unless given.
         title: of the page.
 
     Raises:
@@ -119,8 +99,7 @@ def render(
     kept = list(evidence) or [None] * len(tables)
     with reproducible():
         sections = [
-            "".join(_section(i, table, found, interval or bootstrap))
-            for i, (table, found) in enumerate(zip(tables, kept, strict=True), 1)
+            "".join(_section(i, table, found)) for i, (table, found) in enumerate(zip(tables, kept, strict=True), 1)
         ]
     models = list(dict.fromkeys(row.name for table in tables for row in table.of_kind("model")))
     head = f"{escape(title)}: {escape(', '.join(models))}" if models else escape(title)
@@ -209,12 +188,12 @@ def _findings(tables: Sequence[Any]) -> Iterator[str]:
     yield "</section>\n"
 
 
-def _section(i: int, table: Any, found: Evidence | None, interval: Interval) -> Iterator[str]:
+def _section(i: int, table: Any, found: Evidence | None) -> Iterator[str]:
     yield f'<section aria-labelledby="table-{i}">\n<h2 id="table-{i}">{escape(table.title)}</h2>\n'
     yield "<h3>Scores</h3>\n"
     yield from _scores(table)
     yield f"<p>{escape(_said(table))}</p>\n"
-    yield from _ranking(table, interval)
+    yield from _ranking(table)
     if isinstance(found, PerturbationEvidence):
         yield from _population_figures(table, found)
     elif isinstance(found, SeriesEvidence):
@@ -242,7 +221,12 @@ def _scores(table: Any) -> Iterator[str]:
         yield f'<tr class="{kind}"><th scope="row">{escape(row.name)} <span class="kind">{kind}</span></th>'
         for m in table.metrics:
             text = escape(_cell(row, m.name))
-            yield f"<td>{f'<strong>{text}</strong>' if row.name in best[m.name] else text}</td>"
+            text = f"<strong>{text}</strong>" if row.name in best[m.name] else text
+            found = _interval(row, m.name)
+            below = (
+                f'<br><span class="kind">{bounds(found)}</span>' if found.exists and _is_defined(row, m.name) else ""
+            )
+            yield f"<td>{text}{below}</td>"
         yield "</tr>\n"
     yield "</tbody></table></div>\n"
 
@@ -299,13 +283,13 @@ def _loss(metric: Any, value: float) -> float:
     return value
 
 
-def _ranking(table: Any, interval: Interval) -> Iterator[str]:
+def _ranking(table: Any) -> Iterator[str]:
     from scjax.plot.evaluation import as_svg_uri, ranking
 
     over = "populations" if isinstance(table, PerturbationTable) else "draws of cells, which say nothing of other times"
     figures = []
     for m in table.metrics:
-        rows = {row.name: (row.mean(m.name), *_ends(row, m.name, interval)) for row in table.rows}
+        rows = {row.name: (row.mean(m.name), *_interval(row, m.name)[:2]) for row in table.rows}
         rows = {name: v for name, v in rows.items() if _is_defined(table.row(name), m.name)}
         if not rows:
             continue
@@ -328,13 +312,13 @@ def _order(metric: Any, value: float) -> tuple[bool, float]:
     return (not math.isfinite(loss), loss if math.isfinite(loss) else 0.0)
 
 
-def _ends(row: Any, metric: str, interval: Interval) -> tuple[float, float]:
-    if hasattr(row, "comparisons"):
-        values = [c.scores[metric].values for c in row.comparisons]
-        same = len({len(v) for v in values}) == 1
-        return interval(np.asarray(values, np.float64)) if values and same else (math.nan, math.nan)
-    values = row.by_population(metric)[:, row.has_value(metric)]
-    return interval(values) if values.size else (math.nan, math.nan)
+def _interval(row: Any, metric: str) -> Interval:
+    """Of the mean over populations and seeds; of a held-out time, which is one case, over draws of cells and seeds."""
+    if not hasattr(row, "comparisons"):
+        return row.interval(metric)
+    values = [c.scores[metric].values for c in row.comparisons]
+    n_draws = min(map(len, values), default=0)
+    return interval(np.array([v[:n_draws] for v in values], np.float64).reshape(max(len(values), 1), n_draws))
 
 
 def _population_figures(table: PerturbationTable, found: PerturbationEvidence) -> Iterator[str]:

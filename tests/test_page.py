@@ -3,7 +3,6 @@
 import base64
 import csv
 import json
-import math
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -18,7 +17,7 @@ from scjax.metrics.baselines import training_free
 from scjax.metrics.expression import EXPRESSION_METRICS
 from scjax.metrics.perturbation_report import perturbation_table
 from scjax.metrics.population import POPULATION_METRICS
-from scjax.metrics.report import result_table
+from scjax.metrics.report import bounds, result_table
 from scjax.types import Population
 
 HOSTILE = '<script>alert("1")</script>&$x_{'
@@ -202,32 +201,22 @@ def test_many_tables_have_a_list_of_contents(series, perturbed):
     assert {"table-1", "table-2"} <= {a.get("id") for _, a in reader.tags}
 
 
-def test_the_interval_is_the_callers(series):
-    """It gets values[seeds, draws] of a held-out time, [seeds, populations] else."""
-    table, _ = series
-    seen = []
-
-    def interval(values):
-        seen.append(values.shape)
-        return 0.0, 1.0
-
-    page.render([table], interval=interval)
-    assert seen[0] == (2, 2)
+def test_intervals_are_those_of_the_rows(series):
+    """Six populations have intervals; the baseline that predicts none of them has not."""
+    rng = np.random.default_rng(0)
+    training = {Population(p): rng.normal(1, 1, (6, 4)) ** 2 for p in ((), ("A",), ("B",))}
+    real = {Population((name,)): rng.normal(1, 1, (6, 4)) ** 2 for name in "CDEFGH"}
+    metrics = {"l2": EXPRESSION_METRICS["l2"]}
+    table = perturbation_table("t", {"m": [real]}, training, real, metrics, seed=0, gene_names=list("wxyz"))
+    found = [row.interval("l2") for row in table.rows]
+    shown = page.render([table]).split('aria-label="Scores"')[1].split("</table>")[0]
+    assert shown.count('<span class="kind">[') == sum(one.exists for one in found) >= 4
+    assert bounds(found[0]) in shown
+    assert 'class="kind">[' not in page.render([series[0]]), "two draws are too few"
     with pytest.raises(ValueError, match="evidence must be one for each of 1 tables; got 2"):
-        page.render([table], [series[1]] * 2)
+        page.render([series[0]], [series[1]] * 2)
     with pytest.raises(ValueError, match="at least one table"):
         page.render([])
-
-
-def test_bootstrap():
-    """Seeds are no cases; the width is that of a mean of 400 values of unit variance."""
-    values = np.random.default_rng(0).normal(size=400)
-    low, high = page.bootstrap(np.stack([values, values]))
-    assert low < values.mean() < high
-    assert high - low == pytest.approx(2 * 1.96 / math.sqrt(400), rel=0.15)
-    assert page.bootstrap(values[None]) == (low, high)
-    assert all(map(math.isnan, page.bootstrap(values[:1][None])))
-    assert all(map(math.isnan, page.bootstrap(np.array([[1.0, np.nan]]))))
 
 
 def test_the_same_bytes(perturbed, text, series, series_text, tmp_path):

@@ -535,7 +535,7 @@ def _series_tables(
     _transforms(truth, sides, fitted_on, spec, n_components)
 
     snapshots = {t: truth.cells(_some(r, MAX_EXACT, rng)) for t, r in rows.items()}
-    known = TimeSplit(HoldOutTimes(times=tuple(test)), tuple(sorted(rows)), tuple(test))
+    known = TimeSplit(rule=HoldOutTimes(times=tuple(test)), train=tuple(sorted(rows)), held_out=tuple(test))
     about = {
         **about,
         "findings": check_split(truth.adata, split or known, spec=spec).to_json_dict(),
