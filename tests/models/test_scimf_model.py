@@ -325,7 +325,7 @@ def test_without_debiasing_a_narrower_population_is_better():
     batch = TimeSeriesBatch(x0=x, targets=jnp.stack([x, x]), weights=jnp.full((2, 40), 1 / 40), ts=TS)
 
     def at(width, debiased):
-        config = replace(still, blur=1.0, debiased=debiased)
+        config = replace(still, blur=0.8, debiased=debiased)
         return float(loss(params, replace(batch, x0=width * x), jax.random.key(0), config=config)[0])
 
     assert at(1.0, True) < at(0.7, True)
