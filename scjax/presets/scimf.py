@@ -87,7 +87,7 @@ PRESETS = {
         cost="about 10 s of training on one CPU core after compiling",
         expected="W1 to a held-out time 0.96 times that of the best training-free rule, mean of five sets and 3 seeds "
         "(Klein 0.91, HSMM 0.87, EMT 0.96, Guo 0.99, B cell 1.04); better on 10 of 16 times. Measured by a trial (4 "
-        "solver steps a gap between training times, 256 cells at most); populations have 0.6 to 0.7 of the real variance",
+        "solver steps a gap between training times, 256 cells); populations have 0.6 to 0.7 of the real variance",
         source="ours; from some twenty settings, chosen for Klein and B cell, on whose held-out times it was judged; "
         "HSMM, Guo and EMT had no part in the choice",
     ),
