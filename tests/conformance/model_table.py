@@ -68,6 +68,7 @@ SCIMF = Row(
         "sinkhorn": "converged",
         "blur": 0.4,
         "scaling": 0.5,
+        "debiased": False,
         "sinkhorn_threshold": {"sinkhorn": "converged", "sinkhorn_threshold": 1e-2},
         "sinkhorn_iterations": {"sinkhorn": "converged", "sinkhorn_iterations": 100},
         "sinkhorn_weight": 0.5,

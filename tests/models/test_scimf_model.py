@@ -317,6 +317,22 @@ def test_given_self_transport_changes_no_gradient(value_and_grad):
     assert np.linalg.norm(flat(grads_with_own) - flat(grads)) < 1e-5 * np.linalg.norm(flat(grads))
 
 
+def test_without_debiasing_a_narrower_population_is_better():
+    """Cells at rest: the divergence likes them as wide as the observed ones, the plain entropic cost narrower."""
+    still = replace(TINY, dropout=0.0, sigma=0.0)
+    params = jax.tree.map(jnp.zeros_like, params_of(still))
+    x = cells(40, seed=5)
+    batch = TimeSeriesBatch(x0=x, targets=jnp.stack([x, x]), weights=jnp.full((2, 40), 1 / 40), ts=TS)
+
+    def at(width, debiased):
+        config = replace(still, blur=0.8, debiased=debiased)
+        return float(loss(params, replace(batch, x0=width * x), jax.random.key(0), config=config)[0])
+
+    assert at(1.0, True) < at(0.7, True)
+    assert at(0.7, False) < at(1.0, False)
+    assert at(0.7, False) < at(0.0, False), "and not a single point"
+
+
 def test_converged_and_annealed_are_near_on_easy_cells():
     """One cloud each: a few percent, as the annealed scheme's documentation has it."""
     params, batch, key = params_of(TINY), a_batch(), jax.random.key(1)
@@ -399,6 +415,7 @@ def test_bad_calls():
         ({"n_dims": 50, "n_heads": 3}, "n_heads must divide n_dims; got n_heads=3, n_dims=50. Take one of 1, 2, 5, 10"),
         ({"n_dims": 0}, "n_dims must be at least 1; got 0"),
         ({"n_blocks": -1}, "n_blocks must be at least 0"),
+        ({"sinkhorn": "converged", "debiased": False}, "debiased=False is of sinkhorn='annealed'"),
         ({"n_heads": 0}, "n_heads must be at least 1"),
         ({"intrinsic_widths": (4, 0)}, "each of intrinsic_widths must be at least 1; got 0"),
         ({"diffusion_widths": (0,)}, "each of diffusion_widths must be at least 1"),
