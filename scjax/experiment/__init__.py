@@ -40,6 +40,7 @@ __all__ = [
     "Run",
     "SeedRuns",
     "TimeSeriesExperiment",
+    "digest_of",
     "evaluate",
     "read_experiment",
     "report_of",
@@ -218,6 +219,13 @@ def evaluate(
         "split": runs[0].about["split"],
     }
     return module.tables(trained, adata, provenance=provenance, **options)
+
+
+def digest_of(experiment: Experiment, adata: AnnData) -> str:
+    """Of all that the experiment sees of these data; `train` and `evaluate` know them again by it."""
+    module = _KINDS[experiment.kind][1]
+    module.check(adata, experiment.spec)
+    return module.digest(adata, experiment.spec)
 
 
 def report_of(table: Any) -> ModuleType:
