@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from scjax.bench.grid import SYSTEMS, Cell, grid
+from scjax.bench.grid import SYSTEMS, Cell, make_grid
 from scjax.bench.report import comparisons, render
 from scjax.check import at_least
 from scjax.checkpoint import list_steps, provenance
@@ -68,22 +68,22 @@ def bench(
     each other: what goes wrong in one is in its file, and the others are run.
 
     Args:
-        data: a folder of further data sets, see `grid`.
+        data: a folder of further data sets, see `make_grid`.
         n_seeds: seeds 0, 1, ... of each cell.
-        systems, only, n_steps: see `grid`.
+        systems, only, n_steps: see `make_grid`.
         together: seeds that share one compiled program at most; None takes all.
         n_draws: of cells, in the evaluation.
         tell: is given a line for each cell that begins and ends.
         hooks: of a cell's training, from its experiment.
 
     Raises:
-        ValueError: what `grid` finds; `out` holds something else, or results of other settings or other data under the
-            name of a cell. Nothing has been trained then.
+        ValueError: what `make_grid` finds; `out` holds something else, or results of other settings or other data under
+            the name of a cell. Nothing has been trained then.
         train.loop.Interrupted: SIGTERM.
     """
     out = Path(out)
     at_least("n_seeds", n_seeds, 1)
-    cells, unknown = grid(None if data is None else Path(data), systems=systems, only=only, n_steps=n_steps)
+    cells, unknown = make_grid(None if data is None else Path(data), systems=systems, only=only, n_steps=n_steps)
     _admit(out)
     settings = {cell.name: _settings(cell, n_seeds, n_draws) for cell in cells}
     results = {cell.name: _known(out, cell, settings[cell.name]) for cell in cells}
@@ -118,13 +118,16 @@ def listed(
     n_steps: int | None = None,
 ) -> str:
     """The grid, a line a cell, and which of them have a result in `out`; nothing is run or written."""
-    cells, unknown = grid(None if data is None else Path(data), systems=systems, only=only, n_steps=n_steps)
+    cells, unknown = make_grid(None if data is None else Path(data), systems=systems, only=only, n_steps=n_steps)
     lines = []
     for cell in cells:
         path = Path(out) / "cells" / f"{cell.file_stem}.json"
         status = json.loads(path.read_text())["status"] if path.exists() else "to do"
-        lines.append(f"{cell.name}: {cell.experiment.n_steps} steps, {status} ({cell.about})")
-    return "\n".join([*lines, f"{len(cells)} cells.", *(f"{name}: no known data set, left out" for name in unknown)])
+        lines.append(f"{cell.name}: {cell.experiment.n_steps} steps, {status}")
+    told = {f"{cell.system}/{cell.variant}: {cell.about}": None for cell in cells}
+    return "\n".join(
+        [*lines, f"{len(cells)} cells.", *told, *(f"{name}: no known data set, left out" for name in unknown)]
+    )
 
 
 # -- one cell

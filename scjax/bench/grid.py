@@ -22,7 +22,18 @@ from scjax.data.splits import HoldOutSeenDoubles, LeaveOut, each_interior
 from scjax.experiment import Experiment
 from scjax.presets import preset
 
-__all__ = ["IN_FOLDER", "SHIPPED", "SYSTEMS", "VARIANTS", "Cell", "DataSet", "Problem", "Variant", "grid", "shortened"]
+__all__ = [
+    "IN_FOLDER",
+    "SHIPPED",
+    "SYSTEMS",
+    "VARIANTS",
+    "Cell",
+    "DataSet",
+    "Problem",
+    "Variant",
+    "make_grid",
+    "shortened",
+]
 
 SYSTEMS = ("scimf", "scdfm", "perturbdiff")
 _MOST_CELLS = 5000  # of a time: exact transport, which a baseline needs, takes no more
@@ -94,7 +105,7 @@ class Cell(NamedTuple):
         return re.sub(r"[^A-Za-z0-9.+-]+", "_", self.name)
 
 
-def grid(
+def make_grid(
     folder: Path | None = None,
     *,
     systems: Sequence[str] = SYSTEMS,

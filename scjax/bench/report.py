@@ -85,7 +85,7 @@ def render(records: Sequence[Mapping[str, Any]]) -> str:
     """Markdown: time series by held-out time, perturbations by split, wins and losses, what failed."""
     done = [record for record in records if record["status"] == "done"]
     series, others = ([r for r in done if bool(r["n_times"]) == wanted] for wanted in (True, False))
-    parts = ["# Benchmark", _head(done)]
+    parts = ["# Benchmark", _head(done) if done else "No cell is done."]
     if series:
         parts += ["## Time series: W1 to the held-out cells", _series(series)]
     if others:

@@ -142,7 +142,7 @@ def train_seeds(
             the prepared data in memory; None trains all at once. What is left over makes a smaller group, which is
             compiled once more.
         resume: all of them, each from its newest checkpoint; one that is ahead waits for the others.
-        hooks: are told of a group: the mean of each metric over its seeds, `on_checkpoint` of all states stacked.
+        hooks: are told of each group: the mean of each metric over its seeds. They are handed no checkpoint.
 
     Returns:
         The runs, and which of them failed. A seed with a number that is not finite stops, leaves failed.json in its

@@ -126,8 +126,8 @@ def fit_together(
         states: for each run the state that it goes on from, None for one that begins. They need not be equally far:
             a run that is ahead waits.
         hooks: those of each run; they are told of their run alone.
-        group_hooks: are told of all of them: the mean of each metric over the runs that made the step, and at a
-            checkpoint the states with their leading axis of runs, without the best of validation.
+        group_hooks: are told of all of them: the mean of each metric over the runs that made the step. They are handed
+            no checkpoint.
         validate: of each run.
         patience: a run that is out of it rests, while others go on; it costs what it did.
 
@@ -195,8 +195,8 @@ def fit_together(
             if validating:
                 for run in runs:
                     run.validate(together, stop, validate[run.number])
-            if saving:
-                _save(runs, together, group_hooks)
+            for run in runs if saving else ():
+                run.save(together)
             for run in runs:
                 if validating and run.is_on and run.is_out(together):
                     run.save(together)
@@ -204,7 +204,8 @@ def fit_together(
             if terminated() or not any(run.is_on for run in runs):
                 break
         log.flush(together, n_pending=0)
-        _save(runs, together, group_hooks)
+        for run in runs:
+            run.save(together)
         if terminated():
             told = [hook for run in runs for hook in run.hooks]
             raise Interrupted(max(int(run.of(together).step) for run in runs), newest_saved(told))
@@ -244,21 +245,12 @@ class _Run:
         except NonFiniteError as err:
             self.error, self.is_on = err, False
 
-    def save(self, together: TrainState) -> bool:
-        """Whether there was something new."""
+    def save(self, together: TrainState) -> None:
         state = self.of(together)
-        if not self.is_on or int(state.step) <= self.last_saved:
-            return False
-        self.last_saved = int(state.step)
-        for hook in self.hooks:
-            hook.on_checkpoint(state)
-        return True
-
-
-def _save(runs: Sequence[_Run], together: TrainState, group_hooks: Sequence[Hook]) -> None:
-    if any([run.save(together) for run in runs]):
-        for hook in group_hooks:
-            hook.on_checkpoint(together)
+        if self.is_on and int(state.step) > self.last_saved:
+            self.last_saved = int(state.step)
+            for hook in self.hooks:
+                hook.on_checkpoint(state)
 
 
 class _Log:
