@@ -83,6 +83,8 @@ def bench(
     """
     out = Path(out)
     at_least("n_seeds", n_seeds, 1)
+    if together is not None:
+        at_least("together", together, 1)
     cells, unknown = make_grid(None if data is None else Path(data), systems=systems, only=only, n_steps=n_steps)
     _admit(out)
     settings = {cell.name: _settings(cell, n_seeds, n_draws) for cell in cells}
@@ -149,25 +151,31 @@ def _run(
         "environment": environment(),
         "source": provenance()["source"],
     }
-    seeds, began = range(n_seeds), time.perf_counter()
+    seeds, folders, began = range(n_seeds), _folders(out, cell, n_seeds), time.perf_counter()
     try:
-        folders = _folders(out, cell, n_seeds)
-        resume = all(list_steps(folder / "checkpoints") for folder in folders)
-        if not resume and folders[0].parent.exists():  # interrupted before all seeds had a checkpoint
-            _put_aside(folders[0].parent)
-        done = train_seeds(cell.experiment, cell.adata, folders, seeds, together=together, resume=resume, hooks=hooks)
+        failed, resumed = {}, False
+        size = n_seeds if together is None else together
+        for i in range(0, n_seeds, size):
+            some = slice(i, i + size)
+            resume = all(list_steps(folder / "checkpoints") for folder in folders[some])
+            for folder in folders[some]:
+                if folder.exists() and not resume:  # interrupted before all of them had a checkpoint
+                    _put_aside(folder)
+            done = train_seeds(cell.experiment, cell.adata, folders[some], seeds[some], resume=resume, hooks=hooks)
+            failed |= done.failed
+            resumed |= resume
         trained = time.perf_counter()
-        whole = [folder for seed, folder in zip(seeds, folders, strict=True) if seed not in done.failed]
+        whole = [folder for seed, folder in zip(seeds, folders, strict=True) if seed not in failed]
         if not whole:
-            raise next(iter(done.failed.values()))
+            raise next(iter(failed.values()))
         row = f"{cell.system} {cell.variant}"
         tables = evaluate({row: whole}, cell.adata, n_draws=n_draws)
         return record | {
             "status": _DONE,
-            "resumed": resume,
+            "resumed": resumed,
             "train_s": round(trained - began, 1),
             "evaluate_s": round(time.perf_counter() - trained, 1),
-            "failed_seeds": {str(seed): str(error) for seed, error in done.failed.items()},
+            "failed_seeds": {str(seed): str(error) for seed, error in failed.items()},
             "comparisons": [one for table in tables[:1] for one in comparisons(table, row)],
             "tables": [report_of(table).to_json_dict(table) for table in tables],
         }

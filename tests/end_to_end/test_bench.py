@@ -158,10 +158,10 @@ def test_an_interrupted_cell_goes_on_from_its_checkpoints(finished, cells, tmp_p
 def test_a_cell_killed_before_its_first_checkpoint_begins_anew_beside_what_is_left(cells, tmp_path):
     cells.append(GOOD)
     with pytest.raises(Killed):
-        bench(tmp_path / "out", n_seeds=1, n_draws=2, hooks=lambda experiment: [KillAt(4)])
-    assert bench(tmp_path / "out", n_seeds=1, n_draws=2).failed == ()
-    left = sorted(p.name for p in (tmp_path / "out" / "runs").iterdir())
-    assert left == [GOOD.file_stem, f"{GOOD.file_stem}.interrupted-1"]
+        bench(tmp_path / "out", n_seeds=2, n_draws=2, hooks=lambda experiment: [KillAt(4)])
+    assert bench(tmp_path / "out", n_seeds=2, n_draws=2).failed == ()
+    left = sorted(p.name for p in (tmp_path / "out" / "runs" / GOOD.file_stem).iterdir())
+    assert left == ["seed0", "seed0.interrupted-1", "seed1", "seed1.interrupted-1"]
 
 
 def test_grid_of_the_shipped_sets():
