@@ -246,8 +246,10 @@ class _Run:
             self.error, self.is_on = err, False
 
     def save(self, together: TrainState) -> None:
+        if not self.is_on:
+            return
         state = self.of(together)
-        if self.is_on and int(state.step) > self.last_saved:
+        if int(state.step) > self.last_saved:
             self.last_saved = int(state.step)
             for hook in self.hooks:
                 hook.on_checkpoint(state)
