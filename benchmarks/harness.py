@@ -179,9 +179,12 @@ def compare(
     }
 
 
-def add_options(parser: argparse.ArgumentParser, *, n_rounds: int) -> None:
-    """What every script that times sides has on its command line; `ask` reads it."""
-    parser.add_argument("--peer", action=argparse.BooleanOptionalAction, default=True, help="time PyTorch beside it")
+def add_options(parser: argparse.ArgumentParser, *, n_rounds: int, peer: bool = True) -> None:
+    """What every script that times sides has on its command line; `ask` reads it. `peer`: PyTorch may be a side."""
+    if peer:
+        parser.add_argument(
+            "--peer", action=argparse.BooleanOptionalAction, default=True, help="time PyTorch beside it"
+        )
     parser.add_argument(
         "--keep-memory",
         action="store_true",

@@ -1,4 +1,4 @@
-"""The command line: scjax demo | train | predict | evaluate | show. Options come from the dataclasses, by tyro."""
+"""The command line: scjax demo | train | predict | evaluate | bench | show. tyro makes options of the dataclasses."""
 
 import argparse
 import dataclasses
@@ -393,6 +393,55 @@ _OF_FILES += ("allow", "split", "training", "n_components")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Train the systems on real data sets, each split of each with several seeds, and compare them with all baselines.
+
+    Results are kept one by one: the same command goes on where it was interrupted. What goes wrong in one training is
+    told at the end, with status 1, and loses no other.
+
+    Attributes:
+        out: folder for results, runs and the report; a new one, or that of an interrupted benchmark.
+        data: a folder of further data sets, recognised by their files' names; without it those that ship with scjax.
+        seeds: trainings of each, with different seeds, in one compiled program.
+        systems: which.
+        only: patterns of SYSTEM/VARIANT/DATA/SPLIT, such as 'scimf/*/klein/*'; --dry-run lists them all.
+        n_steps: of every training, in place of its own; to try things out.
+        together: seeds that share a program and its memory at most; all if left out.
+        dry_run: list what would be run, and what is done.
+    """
+
+    out: Path
+    data: Path | None = None
+    seeds: int = 3
+    systems: tuple[Literal["scimf", "scdfm", "perturbdiff"], ...] = ("scimf", "scdfm", "perturbdiff")
+    only: tuple[str, ...] = ()
+    n_steps: int | None = None
+    together: int | None = None
+    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+
+    def execute(self) -> None:
+        from scjax.bench import bench, listed
+        from scjax.train.hooks import Progress
+
+        what = {name: getattr(self, name) for name in ("data", "systems", "only", "n_steps")}
+        if self.dry_run:
+            print(listed(self.out, **what))
+            return
+        done = bench(
+            self.out,
+            **what,
+            n_seeds=self.seeds,
+            together=self.together,
+            tell=lambda line: print(line, flush=True),
+            hooks=lambda experiment: [Progress(experiment.cells_per_step)],
+        )
+        print(f"\n{done.report}\nwritten to {self.out}: results.json, report.md, cells/, runs/")
+        if done.failed:
+            print(f"scjax: {len(done.failed)} of the cells failed: {', '.join(done.failed)}", file=sys.stderr)
+            raise SystemExit(1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Show:
     """Tell what a preset, a run, a settings file or a data file holds; without an argument, list the presets.
 
@@ -419,7 +468,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             command = _parse_train(arguments[1:])
         else:
             command = tyro.extras.subcommand_cli_from_dict(
-                {"demo": Demo, "train": Train, "predict": Predict, "evaluate": Evaluate, "show": Show},
+                {"demo": Demo, "train": Train, "predict": Predict, "evaluate": Evaluate, "bench": Bench, "show": Show},
                 prog="scjax",
                 description="Generative models of single-cell populations. `scjax COMMAND --help` tells its options.",
                 args=arguments,

@@ -7,6 +7,7 @@ table = evaluate_files({"mine": ["predicted.h5ad"]}, "real.h5ad", spec=spec)[0] 
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeAlias
@@ -27,6 +28,7 @@ from scjax.experiment.run import (
     comparable_runs,
     train_task,
 )
+from scjax.experiment.seeds import SeedRuns, check_group, train_tasks
 from scjax.experiment.timeseries import TimeSeriesExperiment
 from scjax.metrics import perturbation_report, report
 from scjax.predict import load, model_title
@@ -38,12 +40,15 @@ __all__ = [
     "PerturbationExperiment",
     "Pretrained",
     "Run",
+    "SeedRuns",
     "TimeSeriesExperiment",
+    "digest_of",
     "evaluate",
     "evaluate_files",
     "read_experiment",
     "report_of",
     "train",
+    "train_seeds",
 ]
 
 Experiment: TypeAlias = TimeSeriesExperiment | PerturbationExperiment | CellSetExperiment
@@ -94,6 +99,7 @@ def train(
 
         experiment.json   the settings                     metrics.jsonl   loss and terms, one line a logged step
         split.json        the rule and what it came to     checkpoints/    one folder a saved step
+        failed.json       only where a number was not finite: which one, and at which step
 
     Args:
         resume: continue the run in `workdir`; settings and data must be the same. Step n uses the same cells and noise
@@ -114,6 +120,60 @@ def train(
     module.check(adata, experiment.spec)
     digest = module.digest(adata, experiment.spec)
     return train_task(experiment, adata, workdir, digest, module.prepare, resume=resume, step=step, hooks=hooks)
+
+
+def train_seeds(
+    experiment: Experiment,
+    adata: AnnData,
+    workdirs: Sequence[str | Path],
+    seeds: Sequence[int],
+    *,
+    together: int | None = None,
+    resume: bool = False,
+    hooks: Sequence[Hook] = (),
+) -> SeedRuns:
+    """`train` with several seeds, which share one compiled program; each has a folder as `train` writes it.
+
+    A run sees the cells and the noise that it would see alone, and ends where it would end alone, up to rounding. Each
+    can be resumed alone, by `train` with its seed, as well as with the others.
+
+    Args:
+        experiment: its own seed is not used.
+        workdirs: the folder of each seed.
+        seeds: all different.
+        together: so many at most are trained at a time, for each holds its parameters, its activations and its copy of
+            the prepared data in memory; None trains all at once. What is left over makes a smaller group, which is
+            compiled once more.
+        resume: all of them, each from its newest checkpoint; one that is ahead waits for the others.
+        hooks: are told of each group: the mean of each metric over its seeds. They are handed no checkpoint.
+
+    Returns:
+        The runs, and which of them failed. A seed with a number that is not finite stops, leaves failed.json in its
+        folder and takes nothing from the others.
+
+    Raises:
+        ValueError: as `train`; repeated seeds or folders, or not as many of both.
+        train.loop.Interrupted: SIGTERM, once all are saved. Groups that had not begun have no folder.
+    """
+    folders = [Path(folder) for folder in workdirs]
+    check_group(folders, seeds, together)
+    for folder, seed in zip(folders, seeds, strict=True):
+        admit(folder, resume, None)
+        if resume:
+            check_same_settings(read_experiment(folder), replace(experiment, seed=seed), folder)
+    module = _KINDS[experiment.kind][1]
+    module.check(adata, experiment.spec)
+    digest = module.digest(adata, experiment.spec)
+    size = len(seeds) if together is None else together
+    runs, failed = [], {}
+    for i in range(0, len(seeds), size):
+        some = slice(i, i + size)
+        done = train_tasks(
+            experiment, adata, folders[some], seeds[some], digest, module.prepare, resume=resume, hooks=hooks
+        )
+        runs += done.runs
+        failed |= done.failed
+    return SeedRuns(tuple(runs), failed)
 
 
 def evaluate(
@@ -163,6 +223,13 @@ def evaluate(
         "split": runs[0].about["split"],
     }
     return module.tables(trained, adata, provenance=provenance, **options)
+
+
+def digest_of(experiment: Experiment, adata: AnnData) -> str:
+    """Of all that the experiment sees of these data; `train` and `evaluate` know them again by it."""
+    module = _KINDS[experiment.kind][1]
+    module.check(adata, experiment.spec)
+    return module.digest(adata, experiment.spec)
 
 
 def report_of(table: Any) -> ModuleType:

@@ -3,8 +3,10 @@
 import hashlib
 import itertools
 import json
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -20,15 +22,18 @@ from scjax.data.leaks import Findings, check_allowed
 from scjax.data.source import open_source
 from scjax.data.spec import AnnData, DataSpec
 from scjax.train.hooks import Hook, JsonlLogger, SaveCheckpoints
-from scjax.train.loop import Validate, fit
+from scjax.train.loop import NonFiniteError, Validate, fit
 from scjax.train.optimizers import make_optimizer
 from scjax.train.state import TrainState, init_state
 from scjax.types import Batch, Model, Params
 
 __all__ = [
+    "FAILED",
+    "Begun",
     "Run",
     "Task",
     "admit",
+    "begin",
     "check_loop",
     "check_same_data",
     "check_same_settings",
@@ -36,9 +41,14 @@ __all__ = [
     "check_validation",
     "comparable_runs",
     "data_digest",
+    "loop_options",
+    "record_failure",
+    "recorded_failure",
     "train_task",
+    "validation_options",
 ]
 
+FAILED = "failed.json"  # in the folder of a run that met a number that is not finite
 _CHUNK = 4096  # cells that are read together
 
 
@@ -160,20 +170,83 @@ def train_task(
     hooks: Sequence[Hook],
 ) -> Run:
     """Trains what `prepare` makes of the data; `admit` has let it in. See `scjax.experiment.train`."""
-    folder = workdir / "checkpoints"
     if resume:
-        check_same_data(checkpoint.read_about(folder, step), digest, workdir)
+        check_same_data(checkpoint.read_about(workdir / "checkpoints", step), digest, workdir)
     task = prepare(experiment, adata)
     if not resume:
         task.findings.stop()
+    begun = begin(experiment, task, adata, workdir, digest, task.start or jax.jit(task.model.init), resume, step)
+    tell(task)
+    validation = {} if task.validate is None else {"validate": task.validate, **validation_options(experiment)}
+    with begun.writer() as writer, recorded_failure(workdir):
+        state = fit(
+            task.model.loss,
+            begun.params,
+            begun.tx,
+            task.batches,
+            key=begun.key,
+            state=begun.state,
+            hooks=(*begun.hooks(writer), *hooks),
+            **loop_options(experiment, task),
+            **validation,
+        )
+    return Run(state, task.data, workdir)
+
+
+def tell(task: Task) -> None:
+    """What was found in the data and the split, and what the run starts from."""
+    for told in (task.findings.render(), task.told):
+        if told:
+            sys.stderr.write(f"{told}\n")
+
+
+class Begun(NamedTuple):
+    """A run whose folder is ready, before its first step or the next one.
+
+    Attributes:
+        params, key: of the first step.
+        tx: its optimizer.
+        state: that of the checkpoint of `step`, from which it is resumed.
+        about: what every checkpoint tells.
+        arrays: kept in every checkpoint beside the state.
+    """
+
+    params: Params
+    key: Any
+    tx: Any
+    state: TrainState | None
+    step: int | None
+    about: dict[str, Any]
+    arrays: Mapping[str, Any]
+    workdir: Path
+
+    def writer(self) -> checkpoint.CheckpointWriter:
+        return checkpoint.CheckpointWriter(self.workdir / "checkpoints", about=self.about, resume_from=self.step)
+
+    def hooks(self, writer: checkpoint.CheckpointWriter) -> tuple[Hook, ...]:
+        return SaveCheckpoints(writer, self.arrays), JsonlLogger(self.workdir / "metrics.jsonl")
+
+
+def begin(
+    experiment: Any,
+    task: Task,
+    adata: AnnData,
+    workdir: Path,
+    digest: str,
+    start: Callable[[Any], Params],
+    resume: bool,
+    step: int | None,
+) -> Begun:
+    """The state that `task` begins from, or goes on from; a new run's folder gets its settings."""
     tx = make_optimizer(experiment.optimizer, experiment.n_steps)
     key_init, key_train = jax.random.split(jax.random.key(experiment.seed))
-    params, state = (task.start or jax.jit(task.model.init))(key_init), None
+    params, state = start(key_init), None
     if resume:
         ema, best = experiment.ema_decay is not None, task.validate is not None
         template = jax.eval_shape(lambda p, k: init_state(p, tx, k, ema=ema, best=best), params, key_train)
-        saved = checkpoint.read(folder, step, like={"state": template})
+        saved = checkpoint.read(workdir / "checkpoints", step, like={"state": template})
         step, state = saved.step, saved.arrays["state"]
+        (workdir / FAILED).unlink(missing_ok=True)  # it failed; whether it does now will be seen
 
     about = {
         **task.about,
@@ -189,36 +262,40 @@ def train_task(
         for name, settings in (("experiment.json", experiment), ("split.json", task.split)):
             with open(workdir / name, "x", encoding="utf-8") as file:
                 file.write(to_json(settings))
+    return Begun(params, key_train, tx, state, step, about, task.arrays, workdir)
 
-    for told in (task.findings.render(), task.told):
-        if told:
-            sys.stderr.write(f"{told}\n")
-    validation = {}
-    if task.validate is not None:
-        validation = {
-            "validate": task.validate,
-            "validate_every": experiment.validate_every,
-            "patience": experiment.patience,
-        }
-    with checkpoint.CheckpointWriter(folder, about=about, resume_from=step) as writer:
-        state = fit(
-            task.model.loss,
-            params,
-            tx,
-            task.batches,
-            key=key_train,
-            n_steps=experiment.n_steps,
-            scan_steps=experiment.scan_steps,
-            ema_decay=experiment.ema_decay,
-            **task.average,
-            state=state,
-            stream=prefetch,
-            hooks=(SaveCheckpoints(writer, task.arrays), JsonlLogger(workdir / "metrics.jsonl"), *hooks),
-            log_every=experiment.log_every,
-            checkpoint_every=experiment.checkpoint_every,
-            **validation,
-        )
-    return Run(state, task.data, workdir)
+
+def loop_options(experiment: Any, task: Task) -> dict[str, Any]:
+    """Of `fit` and of `fit_together`."""
+    return {
+        "n_steps": experiment.n_steps,
+        "scan_steps": experiment.scan_steps,
+        "ema_decay": experiment.ema_decay,
+        **task.average,
+        "stream": prefetch,
+        "log_every": experiment.log_every,
+        "checkpoint_every": experiment.checkpoint_every,
+    }
+
+
+def validation_options(experiment: Any) -> dict[str, Any]:
+    return {"validate_every": experiment.validate_every, "patience": experiment.patience}
+
+
+@contextmanager
+def recorded_failure(workdir: Path) -> Iterator[None]:
+    """A number that is not finite leaves a record of it in the folder of the run, besides the error."""
+    try:
+        yield
+    except NonFiniteError as err:
+        record_failure(workdir, err)
+        raise
+
+
+def record_failure(workdir: Path, error: NonFiniteError) -> None:
+    metrics = {name: value if math.isfinite(value) else str(value) for name, value in error.metrics.items()}
+    told = {"step": error.step, "term": error.term, "metrics": metrics, "message": str(error)}
+    (workdir / FAILED).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
 
 
 def data_digest(adata: AnnData, spec: DataSpec, labels: Iterable[bytes]) -> str:

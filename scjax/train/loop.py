@@ -21,7 +21,7 @@ from .hooks import Hook, Saved
 from .state import Best, TrainState, init_state, own_copy
 from .step import EmaStart, make_scanned_update
 
-__all__ = ["Interrupted", "NonFiniteError", "Stream", "Validate", "fit", "in_order"]
+__all__ = ["Interrupted", "NonFiniteError", "Stream", "Validate", "fit", "in_order"]  # the rest serves `ensemble` too
 
 Stream: TypeAlias = Callable[..., Iterable[Any]]
 Validate: TypeAlias = Callable[[Params], Mapping[str, Any]]
@@ -120,18 +120,18 @@ def fit(
         Interrupted: SIGTERM, where this runs in the main thread. A second SIGTERM acts at once.
     """
     update = make_scanned_update(loss_fn, tx, ema_decay, ema_every=ema_every, ema_start=ema_start)
-    _check_counts(scan_steps, n_steps, log_every, checkpoint_every, validate, validate_every, patience)
+    check_counts(scan_steps, n_steps, log_every, checkpoint_every, validate, validate_every, patience)
     fresh = init_state(params, tx, key, ema=ema_decay is not None, best=validate is not None)
     if state is None:
         state = fresh
     else:
-        _check_same_form(state, fresh)
+        check_same_form(state, fresh)
         state = own_copy(state)
     del fresh
     start = int(state.step)
     if start > n_steps:
         raise ValueError(f"n_steps must be at least the {start} steps that state has done already; got {n_steps}.")
-    patient = _Patience(validate_every, patience)
+    patient = Patience(validate_every, patience)
     if start == n_steps or patient.is_out(state):
         return state
 
@@ -139,10 +139,10 @@ def fit(
         for hook in hooks:
             stack.callback(hook.on_end)
             hook.on_start(start, n_steps)
-        terminated = stack.enter_context(_sigterm())
-        chunks = _chunks(stream or in_order, batches, start, n_steps, scan_steps)
+        terminated = stack.enter_context(sigterm())
+        chunks = chunks_of(stream or in_order, batches, start, n_steps, scan_steps)
         stack.callback(chunks.close)
-        run = _Runner(update, scan_steps, hooks)
+        run = Runner(update, scan_steps, hooks)
         log = _Log(hooks, log_every, n_steps)
         last_saved = start
 
@@ -163,7 +163,7 @@ def fit(
             # Reading the metrics waits for the device. One call behind, it waits for a call that is done.
             log.flush(state, n_pending=0 if validating or saving or terminated() or stop == n_steps else 1)
             if validating:
-                state = _validated(state, validate, hooks)
+                state = validated(state, validate, hooks)
             if saving:
                 save(state)
             if terminated() or (validating and patient.is_out(state)):
@@ -171,7 +171,7 @@ def fit(
         log.flush(state, n_pending=0)
         save(state)
         if terminated():
-            raise Interrupted(int(state.step), _saved(hooks))
+            raise Interrupted(int(state.step), newest_saved(hooks))
     return state
 
 
@@ -191,18 +191,18 @@ def _stacked(*leaves: Any) -> Any:
 # -- calls of the compiled update
 
 
-class _Runner:
+class Runner:
     """Compiles for the first chunk that comes, tells the hooks how long it took, and runs every chunk with that."""
 
     def __init__(self, update: Any, scan_steps: int, hooks: Sequence[Hook]):
         self.update, self.scan_steps, self.hooks = update, scan_steps, hooks
         self.compiled = None
 
-    def __call__(self, state: TrainState, chunk: Any, first: int, stop: int) -> tuple[TrainState, Any]:
+    def __call__(self, state: TrainState, chunk: Any, first: int, stop: int, *more: Any) -> tuple[TrainState, Any]:
         n = stop - first
         chunk = jax.tree.map(lambda leaf: _padded(leaf, n, self.scan_steps), chunk)
         inner = state._replace(best=None)  # no business of the update
-        args = (inner, chunk, jnp.int32(first), jnp.int32(n))
+        args = (inner, chunk, jnp.int32(first), jnp.int32(n), *more)
         if self.compiled is None:
             began = time.perf_counter()
             self.compiled = jax.jit(self.update, donate_argnums=0).lower(*args).compile()
@@ -224,7 +224,7 @@ def _padded(leaf: Any, n: int, length: int) -> Any:
     return library.concatenate([leaf, library.repeat(leaf[-1:], length - n, axis=0)])
 
 
-def _chunks(
+def chunks_of(
     stream: Stream, batches: Callable[[int], Batch], start: int, stop: int, size: int
 ) -> Generator[tuple[int, int, Any], None, None]:
     """(first, stop, stacked batches), cut at multiples of `size` whatever the start."""
@@ -263,12 +263,16 @@ class _Log:
             first, stop, metrics = self.pending.pop(0)
             metrics = jax.device_get(metrics)
             for i, step in enumerate(range(first, stop)):
-                now = {name: float(metrics[name][i]) for name in sorted(metrics, key=_place)}
+                now = named_metrics({name: values[i] for name, values in metrics.items()})
                 if not now.pop("finite"):
-                    _stop_not_finite(step, now, state, self.hooks)
+                    raise not_finite(step, now, state, self.hooks)
                 if (step + 1) % self.every == 0 or step + 1 == self.n_steps:
                     for hook in self.hooks:
                         hook.on_log(step + 1, now)
+
+
+def named_metrics(values: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(values[name]) for name in sorted(values, key=_place)}
 
 
 def _place(name: str) -> tuple[int, str]:
@@ -276,7 +280,7 @@ def _place(name: str) -> tuple[int, str]:
     return {"loss": 0, "grad_norm": 2}.get(name, 1), name
 
 
-class _Patience:
+class Patience:
     def __init__(self, every: int, patience: int | None):
         self.every, self.patience = every, patience
 
@@ -286,14 +290,14 @@ class _Patience:
         return int(state.step) - int(state.best.step) >= self.patience * self.every
 
 
-def _validated(state: TrainState, validate: Validate, hooks: Sequence[Hook]) -> TrainState:
+def validated(state: TrainState, validate: Validate, hooks: Sequence[Hook]) -> TrainState:
     params = state.params if state.ema is None else state.ema
     scores = {f"validation_{name}": float(value) for name, value in validate(params).items()}
     if not scores:
         raise ValueError("validate must return at least one score by name; got none.")
     step = int(state.step)
     if not all(map(math.isfinite, scores.values())):
-        _stop_not_finite(step, scores, state, hooks)
+        raise not_finite(step, scores, state, hooks)
     for hook in hooks:
         hook.on_log(step, scores)
     score = jnp.float32(next(iter(scores.values())))  # as it is kept: 0.1 is less than its own float32
@@ -302,19 +306,19 @@ def _validated(state: TrainState, validate: Validate, hooks: Sequence[Hook]) -> 
     return state._replace(best=Best(score, jnp.int32(step), own_copy(params)))
 
 
-def _stop_not_finite(step: int, metrics: Mapping[str, float], state: TrainState, hooks: Sequence[Hook]) -> None:
+def not_finite(step: int, metrics: Mapping[str, float], state: TrainState, hooks: Sequence[Hook]) -> NonFiniteError:
     bad = [name for name, value in metrics.items() if not math.isfinite(value)]
     # A term says more than the sum that it spoils.
     term = next((name for name in bad if name not in ("loss", "grad_norm")), bad[0])
-    raise NonFiniteError(step, term, metrics, state, _saved(hooks))
+    return NonFiniteError(step, term, metrics, state, newest_saved(hooks))
 
 
-def _saved(hooks: Sequence[Hook]) -> Saved | None:
+def newest_saved(hooks: Sequence[Hook]) -> Saved | None:
     return max((hook.saved for hook in hooks if hook.saved), key=lambda s: s.step, default=None)
 
 
 @contextmanager
-def _sigterm() -> Iterator[Callable[[], bool]]:
+def sigterm() -> Iterator[Callable[[], bool]]:
     """Whether SIGTERM has come. Only the main thread may listen; elsewhere the signal does what it does."""
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
@@ -337,12 +341,12 @@ def _sigterm() -> Iterator[Callable[[], bool]]:
 # -- guards
 
 
-def _check_counts(
+def check_counts(
     scan_steps: int,
     n_steps: int,
     log_every: int,
     checkpoint_every: int | None,
-    validate: Validate | None,
+    validate: Validate | Sequence[Validate] | None,
     validate_every: int,
     patience: int | None,
 ) -> None:
@@ -366,7 +370,7 @@ def _check_counts(
             )
 
 
-def _check_same_form(state: TrainState, expected: TrainState) -> None:
+def check_same_form(state: TrainState, expected: TrainState) -> None:
     wanted, found = (dict(_by_path(s)) for s in (expected, state))
     for path in wanted | found:
         if wanted.get(path) != found.get(path):

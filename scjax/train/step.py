@@ -63,7 +63,7 @@ def make_update(
         ema = _average(params, state.ema, ema_decay, state.step, ema_every, ema_start)
         old = (state.step, state.params, state.ema, state.opt_state)
         new = (state.step + 1, params, ema, opt_state)
-        step, params, ema, opt_state = _where(finite, new, old)
+        step, params, ema, opt_state = select(finite, new, old)
         state = state._replace(step=step, params=params, ema=ema, opt_state=opt_state)
         return state, {**metrics, "finite": finite.astype(jnp.float32)}
 
@@ -121,11 +121,12 @@ def _average(
         return None
     new = optax.incremental_update(params, ema, 1.0 - decay)
     if every > 1:
-        new = _where(step % every == 0, new, ema)
-    return _where(step == 0, params, new) if start == "first_step" else new
+        new = select(step % every == 0, new, ema)
+    return select(step == 0, params, new) if start == "first_step" else new
 
 
-def _where(condition: Any, one: Any, other: Any) -> Any:
+def select(condition: Any, one: Any, other: Any) -> Any:
+    """One of two trees, by a condition that is known on the device."""
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), one, other)
 
 
