@@ -223,9 +223,7 @@ def _scores(table: Any) -> Iterator[str]:
             text = escape(_cell(row, m.name))
             text = f"<strong>{text}</strong>" if row.name in best[m.name] else text
             found = _interval(row, m.name)
-            below = (
-                f'<br><span class="kind">{bounds(found)}</span>' if found.exists and _is_defined(row, m.name) else ""
-            )
+            below = f'<span class="ends">{bounds(found)}</span>' if found.exists and _is_defined(row, m.name) else ""
             yield f"<td>{text}{below}</td>"
         yield "</tr>\n"
     yield "</tbody></table></div>\n"
@@ -617,7 +615,7 @@ a{color:var(--link)}
 .scroll:focus-visible{outline:3px solid var(--link)}
 table{border-collapse:collapse;width:100%;font-size:.86rem;font-variant-numeric:tabular-nums}
 caption{caption-side:top;text-align:left;padding:.45rem .6rem;color:var(--soft)}
-caption span{display:inline-block;position:sticky;left:.6rem;max-width:calc(100vw - 4rem)}
+caption span{display:inline-block;position:sticky;left:.6rem;max-width:min(100vw - 4rem,68rem)}
 summary{cursor:pointer}
 th,td{padding:.35rem .6rem;text-align:right;white-space:nowrap;border-top:1px solid var(--line);vertical-align:top}
 th{font-weight:600}
@@ -629,7 +627,8 @@ tbody th{position:sticky;left:0;background:var(--paper);white-space:normal;min-w
 h2::first-letter{text-transform:uppercase}
 tbody tr:nth-child(even) th{background:var(--band)}
 table.wraps td{white-space:normal;min-width:14rem;max-width:60rem}
-.kind{color:var(--soft);font-weight:400;font-size:.78rem}
+.kind,.ends{color:var(--soft);font-weight:400;font-size:.78rem}
+.ends{display:block}
 .figures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,340px),1fr));gap:1rem;
 margin:.6rem 0 1.2rem}
 figure{margin:0;background:#fff;color:#1b1f24;border:1px solid var(--line);border-radius:6px;padding:.5rem}

@@ -210,9 +210,9 @@ def test_intervals_are_those_of_the_rows(series):
     table = perturbation_table("t", {"m": [real]}, training, real, metrics, seed=0, gene_names=list("wxyz"))
     found = [row.interval("l2") for row in table.rows]
     shown = page.render([table]).split('aria-label="Scores"')[1].split("</table>")[0]
-    assert shown.count('<span class="kind">[') == sum(one.exists for one in found) >= 4
+    assert shown.count('<span class="ends">[') == sum(one.exists for one in found) >= 4
     assert bounds(found[0]) in shown
-    assert 'class="kind">[' not in page.render([series[0]]), "two draws are too few"
+    assert 'class="ends">[' not in page.render([series[0]]), "two draws are too few"
     with pytest.raises(ValueError, match="evidence must be one for each of 1 tables; got 2"):
         page.render([series[0]], [series[1]] * 2)
     with pytest.raises(ValueError, match="at least one table"):

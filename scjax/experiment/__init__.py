@@ -108,8 +108,9 @@ def train(
         hooks: besides the log and the checkpoints, `train.hooks.Progress()` for instance.
 
     Raises:
-        ValueError: data that do not fit the spec, a folder that holds something else (nothing is ever overwritten),
-            a resumed run with other settings or other data, a damaged checkpoint.
+        ValueError: data that do not fit the spec, an error of `data.leaks.check_split` that `allow_leaks` does not
+            name, a folder that holds something else (nothing is ever overwritten), a resumed run with other settings or
+            other data, a damaged checkpoint.
         train.loop.NonFiniteError, train.loop.Interrupted: see there.
     """
     workdir = Path(workdir)
