@@ -87,8 +87,9 @@ class Train:
         adata = _read_data(self.data, self.experiment.kind)
         bar = Progress(self.experiment.cells_per_step, force=True)
         done = train(self.experiment, adata, self.out, resume=self.resume, step=self.step, hooks=[bar])
-        print(f"{int(done.state.step)} steps; the run is in {self.out}. Next:")
-        for line in _next_commands(done, self.out, self.data):
+        lines = _next_commands(self.experiment, done, self.out, self.data)
+        print(f"{int(done.state.step)} steps; the run is in {self.out}.{' Next:' if lines else ''}")
+        for line in lines:
             print(f"  {line}")
 
     def announce(self) -> None:
@@ -647,12 +648,18 @@ def _shown_split(split: dict[str, Any]) -> list[str]:
     return [f"  {what} {shown(populations)}" for what, populations in told.items() if populations]
 
 
-def _next_commands(done: Any, out: Path, data: Sequence[str]) -> list[str]:
-    data = " --data ".join(map(shlex.quote, data))
+def _next_commands(experiment: Experiment, done: Any, out: Path, data: Sequence[str]) -> list[str]:
+    data = [shlex.quote(one) for one in data]
     split = done.data.split
     series = hasattr(split, "held_out")
     held_out = split.held_out if series else split.test
     commands = []
+    if getattr(experiment.model, "perturbation", "") == "none":  # it knows of no perturbation that could be asked for
+        control = shlex.quote(experiment.spec.control_names[0])
+        if not (experiment.spec.is_unperturbed or experiment.sampling.include_control):
+            return []
+        return [f"scjax predict --run {out} --data {data[0]} --conditions {control} --out predicted.h5ad"]
+    data = " --data ".join(data)
     if held_out:
         commands.append(f"scjax evaluate --runs {out} --data {data} --out evaluation.json")
     if series:

@@ -205,7 +205,13 @@ def read_sources(
             source, batch or cell type.
     """
     if trained._sampling["controls"] == "zeros":
-        return _no_controls(trained, contexts, source)
+        names = list(dict.fromkeys(name for name, _ in _named(trained, adata, source)))
+        if len(names) > 1:
+            raise ValueError(
+                f"this run has no controls that would tell which of the sources {', '.join(map(repr, names))} a "
+                "context is of; give the cells of one."
+            )
+        return _no_controls(trained, contexts, names[0])
     parts = _named(trained, adata, source)
     known = [_own_contexts(trained, name, part) for name, part in parts]
     everywhere = sorted({context for own in known for context in own})
@@ -520,9 +526,9 @@ def _stand_ins(
     return found
 
 
-def _no_controls(trained: TrainedCellSets, contexts: Sequence[str] | None, source: str | None) -> dict[str, Controls]:
+def _no_controls(trained: TrainedCellSets, contexts: Sequence[str] | None, source: str) -> dict[str, Controls]:
     known = sorted({p.context for p in trained.split.populations})
-    number = trained.names.id_of("sources", _the_source(trained, source))
+    number = trained.names.id_of("sources", source)
     zeros = Controls(
         np.zeros((1, len(trained.genes)), np.float32), np.array([""], object), {}, np.zeros(1, np.int64), number
     )

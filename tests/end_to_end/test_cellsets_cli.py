@@ -43,6 +43,18 @@ def test_train(capsys):
     assert "scjax predict --run run --data cells.h5ad --conditions A --out" in told
 
 
+def test_what_a_run_without_perturbations_can_be_asked(capsys):
+    marginal = ["--model.perturbation", "none", "--sampling.controls", "zeros"]
+    marginal = ["train", "--config", "short.json", *marginal, "--data", "cells.h5ad", "--data", "more.h5ad"]
+    main([*marginal, "--out", "nothing"])
+    assert capsys.readouterr().out.endswith("the run is in nothing.\n")
+    main([*marginal, "--sampling.include-control", "--out", "m"])
+    told = capsys.readouterr().out.splitlines()[-1]
+    assert told.split() == "scjax predict --run m --data cells.h5ad --conditions control --out predicted.h5ad".split()
+    main(told.split()[1:] + ["--contexts", "T | cells_d1", "--n-cells", "2"])
+    assert anndata.read_h5ad("predicted.h5ad").shape == (2, 8)
+
+
 def test_predict(capsys, tmp_path):
     out = tmp_path / "predicted.h5ad"
     main(

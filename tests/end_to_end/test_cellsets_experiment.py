@@ -18,7 +18,7 @@ from scjax.data.splits import HoldOutContexts, HoldOutNone, LeaveOut
 from scjax.experiment import Pretrained, evaluate, read_experiment, report_of, train
 from scjax.experiment.cellsets import prepare
 from scjax.metrics.perturbation_report import DEFAULT_METRICS
-from scjax.predict import SetGenerationConfig, load
+from scjax.predict import SetGenerationConfig, load, predict
 from scjax.types import Population
 
 L2 = {"l2": DEFAULT_METRICS["l2"]}
@@ -184,6 +184,11 @@ def test_pretraining_on_two_sources_and_finetuning_on_one(tmp_path):
         evaluate([tmp_path / "run"], sources)
     with pytest.raises(ValueError, match="other data than those of run"):
         evaluate([tmp_path / "run"], sources[::-1])
+    # It saw no controls, so that it generates from none, in the gene space of the source that is named.
+    made = predict(found, sources[1:], ["control"], contexts=["T | liver_d1"], n_cells=3)
+    assert (made.n_obs, tuple(made.var_names)) == (3, GENES[2:])
+    with pytest.raises(ValueError, match="no controls that would tell which of the sources 'blood', 'liver'"):
+        predict(found, sources, ["control"])
 
 
 def test_input_projections_are_shared_or_one_a_source():
