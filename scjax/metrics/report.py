@@ -247,7 +247,7 @@ def verdict(table: ResultTable, model_row: str, metric: str, baseline_rows: Sequ
         )
     ours_lost, theirs_lost = losses(chosen.direction, np.array([ours, theirs]))
     wins = ours_lost < theirs_lost
-    ratio = f", ratio {ours / theirs:.3f}" if theirs > 0 else ""
+    ratio = f", ratio {ours / theirs:.3f}" if theirs > 0 and chosen.direction != "1 is best" else ""
     seeds = row.sd_seeds(metric)
     spread, over = (row.sd_draws(metric), "draws") if seeds is None else (seeds, "seeds")
     unclear = f"; the difference is smaller than the spread over {over}, {number(spread)}"
