@@ -15,19 +15,18 @@ import numpy as np
 from scjax.experiment import report_of
 from scjax.experiment.evidence import Evidence, PerturbationEvidence, SeriesEvidence, Side
 from scjax.experiment.tidy import check_formats, results, write_tidy
+from scjax.metrics.expression import FDR
 from scjax.metrics.intervals import Interval, interval
 from scjax.metrics.perturbation_report import PerturbationTable
-from scjax.metrics.report import bounds, decimals_of, finite_or_none, number
+from scjax.metrics.report import ARROWS, bounds, decimals_of, finite_or_none, losses, number
 from scjax.types import Population
 
 __all__ = ["check_folder", "render", "write"]
 
-ARROWS = {"lower is better": "↓", "higher is better": "↑", "1 is best": "→1", "no direction": ""}
 BOLD = (
     "Bold: the best of models and baselines. ± is over training seeds, or over draws of cells in a time series; "
     "[low, high] the 95 % bootstrap interval over populations and seeds, or over draws of cells, from five of them on."
 )
-FDR = 0.05  # a gene is called differentially expressed below it
 GROUPS = {"predicted": ("predicted",), "background": "control"}
 SEVERITIES = ("error", "warning", "note")  # the worst first; another word comes last
 
@@ -211,7 +210,7 @@ def _section(i: int, table: Any, found: Evidence | None) -> Iterator[str]:
 
 def _scores(table: Any) -> Iterator[str]:
     best = {m.name: _best(table, m) for m in table.metrics}
-    columns = ("", *(f"{m.name} {ARROWS[m.direction]}" for m in table.metrics))
+    columns = ("", *(m.name + ARROWS[m.direction] for m in table.metrics))
     yield '<div class="scroll" role="region" aria-label="Scores" tabindex="0"><table>\n<caption><span>'
     yield f"{escape(BOLD)}</span></caption>\n<thead><tr>"
     yield "".join(f'<th scope="col">{escape(c)}</th>' for c in columns)
@@ -274,11 +273,7 @@ def _best(table: Any, metric: Any) -> set[str]:
 
 def _loss(metric: Any, value: float) -> float:
     """Smaller is better; NaN stays so."""
-    if metric.direction == "higher is better":
-        return -value
-    if metric.direction == "1 is best":
-        return abs(math.log(value)) if value > 0 else math.inf
-    return value
+    return float(losses(metric.direction, np.array([value]))[0])
 
 
 def _ranking(table: Any) -> Iterator[str]:
@@ -294,7 +289,7 @@ def _ranking(table: Any) -> Iterator[str]:
         ordered = dict(sorted(rows.items(), key=lambda item: _order(m, item[1][0])))
         models = [row.name for row in table.of_kind("model") if row.name in rows]
         floor = next((row.name for row in table.of_kind("floor") if row.name in rows), None)
-        axis = f"{m.name} {ARROWS[m.direction]}".strip()
+        axis = m.name + ARROWS[m.direction]
         ax = ranking(ordered, highlighted=models, ceiling=floor, metric=axis)
         told = "; ".join(f"{name} {number(v[0]) if math.isfinite(v[0]) else 'no value'}" for name, v in ordered.items())
         figures.append((as_svg_uri(ax), f"{m.name} of each predictor, in order: {told}", m.name))

@@ -17,13 +17,13 @@ from jaxtyping import Float, Int
 
 from scjax.check import at_least, column, one_of, suggestion
 from scjax.data.leaks import check_split
-from scjax.data.perturbation import unseen_axis
 from scjax.data.preprocess import Preprocess, Transform, fit
 from scjax.data.source import read_anndata
 from scjax.data.spec import AnnData, DataSpec, expression_matrix, feature_names
 from scjax.data.splits import HoldOutNone, HoldOutTimes, PerturbationSplit, TimeSplit, load_split
 from scjax.experiment import perturbation, timeseries
 from scjax.experiment.evidence import Evidence, perturbation_evidence, pseudobulks, series_evidence
+from scjax.experiment.held_out import by_unseen_axis
 from scjax.metrics.baselines import training_free
 from scjax.metrics.perturbation_report import DEFAULT_METRICS, perturbation_table
 from scjax.metrics.population import MAX_EXACT, POPULATION_METRICS
@@ -459,13 +459,7 @@ def _population_tables(
     training = pseudobulks(_Lazily(truth, rows))
     observed = {p: truth.cells(r) for p, r in test_rows.items()}
     known = PerturbationSplit(rule=HoldOutNone(), train=tuple(sorted(rows)), validation=(), test=tuple(test))
-    axes: dict[str, list[Population]] = {}
-    for p in test:
-        axes.setdefault(unseen_axis(p, known), []).append(p)
-    named = ", ".join(f"{axis} ({len(of_axis)})" for axis, of_axis in axes.items())
-    titles = {f"all {len(test)} predicted populations, unseen: {named}": test}
-    if len(axes) > 1:
-        titles |= {f"predicted populations, unseen: {axis}": of_axis for axis, of_axis in axes.items()}
+    unseen, titles = by_unseen_axis(test, known, "predicted populations")
     contexts = {p.context for p in test}
     n_controls = sum(len(r) for p, r in rows.items() if p.is_control and p.context in contexts)
     unused = {
@@ -475,7 +469,7 @@ def _population_tables(
     about = {
         **about,
         "split": _split_record(_told(split, truth.marked), [str(p) for p in sorted(rows)], [str(p) for p in test]),
-        "unseen": {str(p): axis for axis, of_axis in axes.items() for p in of_axis},
+        "unseen": unseen,
         "predicted_and_not_used": unused,
         "findings": check_split(truth.adata, split or known, spec=spec).to_json_dict(),
     }

@@ -10,13 +10,14 @@ from scjax.config import to_dict
 from scjax.data.conditions import OnUnknown
 from scjax.data.perturbation import unseen_axis
 from scjax.data.spec import AnnData
+from scjax.data.splits import PerturbationSplit
 from scjax.experiment.evidence import Evidence, perturbation_evidence
 from scjax.experiment.run import comparable_runs
 from scjax.metrics.perturbation_report import PerturbationTable, perturbation_table
 from scjax.predict.populations import generation_of, predicted_cells
 from scjax.types import Population
 
-__all__ = ["population_tables"]
+__all__ = ["by_unseen_axis", "population_tables"]
 
 
 def population_tables(
@@ -78,13 +79,7 @@ def population_tables(
     lacking = [context for context in contexts if Population((), context) not in training]
     if lacking:
         training |= {Population((), c): s.x for c, s in work.read_sources(first, adata, lacking).items()}
-    axes: dict[str, list[Population]] = {}
-    for p in test:
-        axes.setdefault(unseen_axis(p, split), []).append(p)
-    told = ", ".join(f"{axis} ({len(of_axis)})" for axis, of_axis in axes.items())
-    titles = {f"all {len(test)} held-out populations, unseen: {told}": test}
-    if len(axes) > 1:
-        titles |= {f"held-out populations, unseen: {axis}": of_axis for axis, of_axis in axes.items()}
+    unseen, titles = by_unseen_axis(test, split, "held-out populations")
     n_controls = sum(len(x) for p, x in training.items() if p.is_control and p.context in contexts)
     tables = [
         perturbation_table(
@@ -100,7 +95,7 @@ def population_tables(
             gene_names=names,
             provenance={
                 **provenance,
-                "unseen": {str(p): axis for axis, of_axis in axes.items() for p in of_axis},
+                "unseen": unseen,
                 "generation": how,
                 "replaced": replaced,
             },
@@ -113,6 +108,22 @@ def population_tables(
         firsts = {name: cells[0] for name, cells in made.items()}
         keep += [perturbation_evidence(t, firsts, compared, observed, names, vectors=vectors) for t in tables]
     return tables
+
+
+def by_unseen_axis(
+    test: Sequence[Population], split: PerturbationSplit, called: str
+) -> tuple[dict[str, str], dict[str, Sequence[Population]]]:
+    """What is new in each population, by its name; and by their titles the populations of each table: of all, and
+    where they are new in several ways, of each way.
+    """
+    axes: dict[str, list[Population]] = {}
+    for p in test:
+        axes.setdefault(unseen_axis(p, split), []).append(p)
+    told = ", ".join(f"{axis} ({len(of_axis)})" for axis, of_axis in axes.items())
+    titles = {f"all {len(test)} {called}, unseen: {told}": test}
+    if len(axes) > 1:
+        titles |= {f"{called}, unseen: {axis}": of_axis for axis, of_axis in axes.items()}
+    return {str(p): axis for axis, of_axis in axes.items() for p in of_axis}, titles
 
 
 def _check_makers(name: str, predicted: Sequence[AnnData], runs: Sequence[Any]) -> None:

@@ -12,6 +12,7 @@ from jaxtyping import Float
 
 from scjax import check
 from scjax.plot.palette import OBSERVED, PREDICTED
+from scjax.plot.perturbation import predictor_lines
 
 __all__ = ["as_svg_uri", "calibration", "distributions", "overlay", "ranking", "reproducible", "volcano"]
 
@@ -95,16 +96,10 @@ def ranking(
             if name == ceiling:
                 ax.axvline(value, color=colour, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
     ticks = [_short(n, 30) + ("" if np.isfinite(v[0]) else " (no value)") for n, v in rows.items()]
-    ax.set_yticks(range(len(rows)), ticks)
+    predictor_lines(ax, ticks, metric)
     for label, name in zip(ax.get_yticklabels(), rows, strict=True):
         label.set_fontweight("bold" if name in highlighted else "normal")
-    ax.set_ylim(len(rows) - 0.4, -0.6)
     ax.locator_params(axis="x", nbins=5)
-    ax.set_xlabel(metric)
-    ax.grid(axis="y", color="0.92", linewidth=0.7)
-    ax.set_axisbelow(True)
-    ax.spines[["top", "right", "left"]].set_visible(False)
-    ax.tick_params(axis="y", length=0)
     return ax
 
 

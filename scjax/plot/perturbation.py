@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 from scjax import check
 from scjax.plot.palette import OBSERVED, PREDICTED
 
-__all__ = ["delta_scatter", "metric_dots", "set_means", "top_gene_distributions"]
+__all__ = ["delta_scatter", "metric_dots", "predictor_lines", "set_means", "top_gene_distributions"]
 
 Cells: TypeAlias = Float[np.ndarray | Array, "_cells _genes"]
 
@@ -292,14 +292,19 @@ def metric_dots(
         ticks.append(
             name + (f" ({lost} of {each.size} without)" if 0 < lost < each.size else " (no value)" if lost else "")
         )
-    ax.set_yticks(range(len(values)), ticks)
-    ax.set_ylim(len(values) - 0.4, -0.6)
+    predictor_lines(ax, ticks, metric)
+    return ax
+
+
+def predictor_lines(ax: Any, ticks: Sequence[str], metric: str) -> None:
+    """Axes with a line for each predictor, the first at the top."""
+    ax.set_yticks(range(len(ticks)), ticks)
+    ax.set_ylim(len(ticks) - 0.4, -0.6)
     ax.set_xlabel(metric)
     ax.grid(axis="y", color="0.92", linewidth=0.7)
     ax.set_axisbelow(True)
     ax.spines[["top", "right", "left"]].set_visible(False)
     ax.tick_params(axis="y", length=0)
-    return ax
 
 
 def _columns(n: int) -> int:
