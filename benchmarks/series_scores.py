@@ -5,9 +5,9 @@
 
 The settings are those of the preset scimf/series, the same for every set. Cells are the first ten principal components
 fitted without the held-out time (EMT: its latent; B cell: its first components, without outliers; LARRY: its two
-dimensions), centred and divided by one number, so that the training cells have a mean variance of 1 per dimension.
-Distances are told in that unit; times in that of the mean gap between training times. Each table has the baselines of
-`metrics.baselines.training_free` and the next time, all rows at equal cell numbers. The world is
+dimensions); the preset divides them by one number, so that the training cells have a mean variance of 1 per dimension.
+Distances are told in that unit. Each table has the baselines of
+`metrics.baselines.training_free`, all rows at equal cell numbers. The world is
 `data.synthetic.InteractingParticles`, whose question is another: is the model above the floor by no more than half of
 what the best baseline is above it?
 
@@ -32,7 +32,7 @@ from scjax.data.source import read_anndata
 from scjax.data.splits import HoldOutTimes
 from scjax.data.synthetic import InteractingParticles, Snapshots, to_anndata
 from scjax.data.timeseries import TimeSeriesData, prepare_time_series
-from scjax.metrics.baselines import Baseline, nearest_later, training_free
+from scjax.metrics.baselines import training_free
 from scjax.metrics.population import POPULATION_METRICS
 from scjax.metrics.report import ResultTable, result_table, to_json_dict
 from scjax.models import scimf
@@ -116,39 +116,31 @@ def components(x: np.ndarray, train: np.ndarray) -> np.ndarray:
 
 def scores(name, snapshots, held_out, seeds, n_steps) -> tuple[ResultTable, float]:
     """The table of one held-out time, and its unit in that of the set."""
-    train = snapshots.time != held_out
-    centre = snapshots.x[train].mean(axis=0)
-    unit = float(np.sqrt(snapshots.x[train].var(axis=0).mean()))
-    origin, gap = (
-        snapshots.time[train].min(),
-        np.ptp(snapshots.time[train]) / (len(np.unique(snapshots.time[train])) - 1),
-    )
-    observed, asked = (snapshots.time - origin) / gap, float((held_out - origin) / gap)
     experiment = preset(PRESET).experiment
     model = replace(experiment.model, n_dims=snapshots.x.shape[1])
-    experiment = replace(experiment, model=model, split=HoldOutTimes(times=(asked,)))
+    experiment = replace(experiment, model=model, split=HoldOutTimes(times=(held_out,)))
     if n_steps is not None:
         experiment = replace(experiment, n_steps=n_steps, scan_steps=1, checkpoint_every=n_steps)
     data = prepare_time_series(
-        to_anndata(replace(snapshots, x=(snapshots.x - centre) / unit, time=observed)),
+        to_anndata(snapshots),
         experiment.spec,
         experiment.split,
         experiment.preprocess,
         time_scale=experiment.time_scale,
     )
-    predicted = simulated(data, experiment, fitted(data, experiment, seeds), seeds, asked)
+    unit = float(data.transform.std[0])
+    predicted = simulated(data, experiment, fitted(data, experiment, seeds), seeds, held_out)
     known = {t: data.population(t) for t in data.split.train}
-    baselines = training_free(known, asked, seed=0, max_exact=MAX_EXACT)
-    baselines["nearest later time"] = Baseline(nearest_later(known, asked), "the cells of the next training time")
+    baselines = training_free(known, held_out, seed=0, max_exact=MAX_EXACT)
     models = {MODEL: predicted}
     if name == "world":
         again = [InteractingParticles().simulate((held_out,), seed=seed + 1).x for seed in seeds]
-        models[AGAIN] = [(x - centre) / unit for x in again]
+        models[AGAIN] = [data.transform.apply(x, data.transform.input_names) for x in again]
     table = result_table(
         f"{name}, held-out time {held_out:g}",
         models,
         baselines,
-        data.population(asked),
+        data.population(held_out),
         METRICS,
         seed=0,
         unit=f"root mean variance of the training cells, {unit:.6g} in the set's own",

@@ -73,7 +73,7 @@ def experiments(draw):
             "n_top_genes": n_dims if by_genes else None,
             "n_components": None if by_genes else n_dims,
         },
-        "time_scale": draw(st.sampled_from(["real", "index"])),
+        "time_scale": draw(st.sampled_from(["real", "index", "mean_gap"])),
         "sampling": {"n_cells": draw(counts), "n_targets": draw(st.none() | counts)},
         "optimizer": {"learning_rate": draw(positive), "clip_norm": draw(st.none() | positive)},
         "scan_steps": scan_steps,

@@ -243,13 +243,13 @@ IN_FOLDER: Mapping[str, DataSet] = {
 # ---------------------------------------------------------------- settings
 
 
-def _time_series(problem: Problem, name: str, **changes: Any) -> Experiment | None:
-    """A preset on this series; `changes` are of its model."""
+def _time_series(problem: Problem, name: str) -> Experiment | None:
+    """A preset on this series, in its space."""
     data = problem.data
     if not problem.times:
         return None
     found = preset(name).experiment
-    model = replace(found.model, n_dims=data.n_dims, **changes)
+    model = replace(found.model, n_dims=data.n_dims)
     return replace(found, model=model, spec=data.spec, preprocess=data.preprocess, split=problem.rule)
 
 
@@ -259,18 +259,8 @@ def _scimf_paper(problem: Problem) -> Experiment | None:
 
 
 def _scimf_scjax(problem: Problem) -> Experiment | None:
-    """scimf/klein, its step, noise and energy weight carried over to the gaps between this series' times."""
-    if not problem.times:
-        return None
-    model = preset("scimf/klein").experiment.model
-    unit = float(np.mean(np.diff(problem.times))) / (7.0 / 3.0)  # Klein: 3 gaps in 7 days
-    return _time_series(
-        problem,
-        "scimf/klein",
-        dt=model.dt * unit,
-        sigma=model.sigma / unit**0.5,
-        energy_weight=model.energy_weight * unit**2,
-    )
+    found = _time_series(problem, "scimf/series")
+    return found and replace(found, preprocess=replace(found.preprocess, unit_variance=True))
 
 
 def _scdfm_small(problem: Problem) -> Experiment | None:
@@ -291,7 +281,7 @@ _SMALL = "the small presets, which run on a CPU; chosen by hand with a look at h
 VARIANTS: Mapping[str, Mapping[str, Variant]] = {
     "scimf": {
         "paper": Variant(_scimf_paper, "as the paper's code, on 10 dimensions"),
-        "scjax": Variant(_scimf_scjax, "preset scimf/klein, in the unit of the series' mean gap"),
+        "scjax": Variant(_scimf_scjax, "preset scimf/series, in units of the training cells' spread and mean gap"),
     },
     "scdfm": {"scjax": Variant(_scdfm_small, _SMALL)},
     "perturbdiff": {"scjax": Variant(_perturbdiff_small, _SMALL)},

@@ -32,6 +32,8 @@ class Preprocess:
             scDFM code does it, which tells the choice about the test cells. Scaling and PCA see training cells only.
         scale: divide each gene by its population standard deviation, after centring.
         n_components: of a principal component analysis, centred and not whitened; None keeps genes.
+        unit_variance: centre, and divide everything by one number: the training cells' variance, averaged over the
+            dimensions of the model's space, is then 1, whatever the data's unit; shapes stay as they are.
     """
 
     library_size: Literal["all_genes", "selected_genes"] | None = "all_genes"
@@ -41,6 +43,7 @@ class Preprocess:
     select_on: Literal["train", "all"] = "train"
     scale: bool = True
     n_components: int | None = 50
+    unit_variance: bool = False
 
     def __post_init__(self):
         one_of("library_size", self.library_size, ("all_genes", "selected_genes", None))
@@ -219,7 +222,7 @@ def fit(
         mean=np.zeros(len(kept)),
         std=np.ones(len(kept)),
     )
-    if not preprocess.scale and preprocess.n_components is None:
+    if not preprocess.scale and preprocess.n_components is None and not preprocess.unit_variance:
         return identity
     return _fit_affine(identity, identity.normalise(x_train, names))
 
@@ -312,6 +315,13 @@ def _fit_affine(identity: Transform, x: np.ndarray) -> Transform:
     components = explained_variance = None
     if preprocess.n_components is not None:
         components, explained_variance = _principal_components((x - mean) / std, preprocess.n_components)
+    if preprocess.unit_variance:
+        z = (x - mean) / std
+        variance = float((z if components is None else z @ components.T).var(axis=0).mean())
+        if not variance > 0:
+            raise ValueError("unit_variance=True needs training cells that differ; these are all alike.")
+        std = std * variance**0.5
+        explained_variance = None if explained_variance is None else explained_variance / variance
     return Transform(
         preprocess=preprocess,
         space=identity.space,

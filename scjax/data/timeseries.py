@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -16,7 +16,7 @@ from scjax.data.splits import TimeSplit, TimeSplitRule, split_times
 
 __all__ = ["TimeScale", "TimeSeriesData", "prepare_time_series", "solver_times"]
 
-TimeScale: TypeAlias = Literal["real", "index"]
+TimeScale: TypeAlias = Literal["real", "index", "mean_gap"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -31,7 +31,9 @@ class TimeSeriesData:
         split: which of `times` training sees.
         transform: fitted on the cells of the training times.
         time_scale: what a solver calls time: "real", the observed times; "index", the position among all `times`,
-            held-out ones included, as in the scIMF code, where unequal gaps count as equal.
+            held-out ones included, as in the scIMF code, where unequal gaps count as equal; "mean_gap", the observed
+            times since the first, in units of the mean gap between training times, so that settings found on days
+            suit hours and weeks.
         cell_type: an index into `cell_types` for each cell, where the DataSpec names a column.
     """
 
@@ -60,20 +62,26 @@ class TimeSeriesData:
 
     def solver_times(self, times: Iterable[float]) -> tuple[float, ...]:
         """These observed times on the `time_scale`."""
-        return solver_times(times, self.times, self.time_scale)
+        return solver_times(times, self.times, self.time_scale, self.split.train)
 
 
-def solver_times(times: Iterable[float], all_times: Iterable[float], time_scale: TimeScale) -> tuple[float, ...]:
-    """Times on the scale of the solver; `all_times` are those of the data set.
+def solver_times(
+    times: Iterable[float], all_times: Iterable[float], time_scale: TimeScale, train_times: Iterable[float]
+) -> tuple[float, ...]:
+    """Times on the scale of the solver; `all_times` are those of the data set, `train_times` those of them seen.
 
     Raises:
         ValueError: another scale, times that do not increase, or on the index scale a time that was not observed.
     """
-    one_of("time_scale", time_scale, ("real", "index"))
+    one_of("time_scale", time_scale, get_args(TimeScale))
     times = increasing("times", times)
     if time_scale == "real":
         return times
     all_times = increasing("all_times", all_times)
+    if time_scale == "mean_gap":
+        train_times = increasing("train_times", train_times)
+        gap = (train_times[-1] - train_times[0]) / (len(train_times) - 1)
+        return tuple((t - all_times[0]) / gap for t in times)
     unknown = [t for t in times if t not in all_times]
     if unknown:
         raise ValueError(
@@ -90,7 +98,7 @@ def prepare_time_series(
     Raises:
         ValueError: all that `spec.check`, `split_times` and `preprocess.fit` find.
     """
-    one_of("time_scale", time_scale, ("real", "index"))
+    one_of("time_scale", time_scale, get_args(TimeScale))
     spec.check(adata)
     time = spec.read_times(adata)
     times = tuple(float(t) for t in np.unique(time))

@@ -38,7 +38,8 @@ class TimeSeriesExperiment:
         spec: what the parts of the AnnData mean.
         split: the times that training never sees.
         preprocess: fitted on the cells of the training times.
-        time_scale: "real", the times of the data; "index", their position, as in the scIMF code.
+        time_scale: "real", the times of the data; "index", their position, as in the scIMF code; "mean_gap", in units
+            of the mean gap between training times.
         sampling: how many cells a step sees.
         optimizer: Adam and its schedule.
         n_steps: of training.

@@ -129,6 +129,7 @@ def training_free(
     line = "linear interpolation"
     if times[-1] > t:
         end = _later(times, t)
+        rows["nearest later time"] = Baseline(nearest_later(snapshots, t), f"the cells of time {end:g}")
         rows[line] = Baseline(
             linear_interpolation(snapshots, t), f"cells of time {start:g}, mean moved towards time {end:g}"
         )

@@ -94,7 +94,8 @@ def simulate_cells(
     times = _checked_times(trained, times)
     start = trained.times[0]
     asked = times if times[0] == start else (start, *times)
-    ts = solver_times(asked, trained.times, trained.about["experiment"]["time_scale"])
+    split, scale = trained.about["split"], trained.about["experiment"]["time_scale"]
+    ts = solver_times(asked, trained.times, scale, split["train"])
     path = _simulate(trained.params, jnp.asarray(x0), key, ts=ts, config=trained.config)
     return jax.tree.map(lambda a: np.asarray(a)[len(asked) - len(times) :], path)
 

@@ -169,6 +169,36 @@ def test_inverse_of_a_full_basis_is_exact_and_of_a_part_is_the_nearest(scale):
     assert part.inverse(z).dtype == np.float32
 
 
+@pytest.mark.parametrize("scale", [True, False])
+@pytest.mark.parametrize("n_components", [None, 4])
+def test_one_number_for_all_dimensions(scale, n_components):
+    """Variance 1 on average, the same shape as without, and the way back is still the way back."""
+    x, steps = counts(), Preprocess(scale=scale, n_components=n_components)
+    plain = fit(steps, x, GENES, "counts")
+    one = fit(replace(steps, unit_variance=True), x, GENES, "counts")
+    z, whole = (t.apply(x, GENES, np.float64) for t in (one, plain))
+    np.testing.assert_allclose(z.var(axis=0).mean(), 1.0)
+    centred = whole - whole.mean(axis=0)
+    np.testing.assert_allclose(z * np.sqrt(centred.var(axis=0).mean()), centred, atol=1e-10)
+    np.testing.assert_allclose(one.inverse(z, np.float64), plain.inverse(whole, np.float64), atol=1e-10)
+    if n_components is not None:
+        np.testing.assert_allclose(one.explained_variance, z.var(axis=0, ddof=1))
+    twice = Transform.from_tree(*one.to_tree())
+    np.testing.assert_array_equal(twice.apply(x, GENES, np.float64), z)
+
+
+def test_a_latent_of_unit_variance():
+    """Another unit, another origin: the same cells."""
+    x = np.random.default_rng(0).normal(size=(20, 3)) * (1.0, 2.0, 0.5)
+    steps = replace(preprocess_for("latent"), unit_variance=True)
+    names = ("a", "b", "c")
+    z = fit(steps, x, names, "latent").apply(x, names, np.float64)
+    moved = fit(steps, 7 * x + 3, names, "latent").apply(7 * x + 3, names, np.float64)
+    np.testing.assert_allclose(moved, z, atol=1e-10)
+    with pytest.raises(ValueError, match="unit_variance=True needs training cells that differ"):
+        fit(steps, np.ones((4, 3)), names, "latent")
+
+
 def test_velocities_are_mapped_by_the_linear_part():
     transform = fit(Preprocess(n_components=4), counts(), GENES, "counts")
     rng = np.random.default_rng(0)

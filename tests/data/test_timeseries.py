@@ -96,11 +96,23 @@ def test_index_time_counts_held_out_times(adata):
 
 
 def test_solver_times():
-    assert solver_times((0.5, 3.0), (0.0, 3.0), "real") == (0.5, 3.0)
+    assert solver_times((0.5, 3.0), (0.0, 3.0), "real", (0.0, 3.0)) == (0.5, 3.0)
+    assert solver_times((2.0, 5.0, 26.0), (2.0, 5.0, 10.0, 26.0), "mean_gap", (2.0, 10.0, 26.0)) == (0.0, 0.25, 2.0)
     with pytest.raises(ValueError, match=r"observed ones .* got \[0.5\]"):
-        solver_times((0.5, 3.0), (0.0, 3.0), "index")
+        solver_times((0.5, 3.0), (0.0, 3.0), "index", (0.0, 3.0))
     with pytest.raises(ValueError, match="increase strictly"):
-        solver_times((3.0, 0.5), (0.0, 3.0), "real")
+        solver_times((3.0, 0.5), (0.0, 3.0), "real", (0.0, 3.0))
+
+
+def test_the_mean_gap_is_that_between_training_times(adata):
+    """Days 0, 2, 7 are seen: 1 is 3.5 days, and weeks in place of days change nothing."""
+    data = prepare_time_series(adata, SPEC, HELD_OUT, STEPS, time_scale="mean_gap")
+    assert data.solver_times(data.times) == (0.0, 2 / 3.5, 4 / 3.5, 2.0)
+    weeks = adata.copy()
+    weeks.obs["day"] = weeks.obs["day"] / 7 + 1
+    rule = HoldOutTimes(times=(4.0 / 7 + 1,))
+    other = prepare_time_series(weeks, SPEC, rule, STEPS, time_scale="mean_gap")
+    np.testing.assert_allclose(other.solver_times(other.times), data.solver_times(data.times), rtol=1e-6)
 
 
 @pytest.mark.parametrize("rule", [HELD_OUT, HoldOutNone(), HoldOutLast(n_times=1)])

@@ -176,7 +176,10 @@ def test_grid_of_the_shipped_sets():
         "scimf/scjax/klein/time 4",
     ]
     first = next(cell for cell in cells if cell.name == "scimf/scjax/klein/time 2")
-    assert first.experiment == preset("scimf/klein").experiment
+    series = preset("scimf/series").experiment
+    assert (first.experiment.model, first.experiment.optimizer) == (series.model, series.optimizer)
+    assert (first.experiment.time_scale, first.experiment.preprocess.unit_variance) == ("mean_gap", True)
+    assert first.experiment.preprocess.n_components == 10
     only, _ = make_grid(systems=("scdfm",), only=("*/norman/*",), n_steps=7)
     assert [cell.name for cell in only] == ["scdfm/scjax/norman/combo_seen2"]
     assert (only[0].experiment.n_steps, only[0].experiment.optimizer.n_warmup) == (7, 6)

@@ -20,6 +20,7 @@ ROWS = {
     "scIMF",
     "scIMF without interactions",
     "nearest earlier time",
+    "nearest later time",
     "linear interpolation",
     "OT interpolation",
     "real vs real (floor)",

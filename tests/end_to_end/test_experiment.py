@@ -246,6 +246,7 @@ def test_table_has_models_baselines_and_floor(tiny_run, more_runs):
         "scIMF": ("model", 2),
         "without interactions": ("model", 1),
         "nearest earlier time": ("baseline", 1),
+        "nearest later time": ("baseline", 1),
         "linear interpolation": ("baseline", 1),
         "OT interpolation": ("baseline", 1),
         "real vs real (floor)": ("floor", 1),

@@ -71,7 +71,7 @@ def test_cells_are_drawn_by_their_mass():
 def test_table_of_baselines_says_what_is_not_defined(moving):
     _, snapshots = moving
     inside = training_free(snapshots, 2.5, n_cells=12, seed=0)
-    assert list(inside) == ["nearest earlier time", "linear interpolation", "OT interpolation"]
+    assert list(inside) == ["nearest earlier time", "nearest later time", "linear interpolation", "OT interpolation"]
     assert len(inside["OT interpolation"].cells) == 12
     beyond = training_free(snapshots, 9.0, seed=0)
     assert list(beyond) == ["nearest earlier time", "linear extrapolation", "OT interpolation"]

@@ -37,6 +37,7 @@ def test_series_takes_a_latent_of_its_width():
     batch = task.batches(0)
     assert batch.x0.shape == (96, 10)
     assert batch.targets.shape == (2, 96, 10)
-    assert batch.ts == (0.0, 1.0, 2.5), "real times: the user brings their mean gap to 1"
+    assert batch.ts == (0.0, 0.8, 2.0)
+    np.testing.assert_allclose(task.data.latent.var(axis=0).mean(), 1.0, rtol=1e-5)
     with pytest.raises(ValueError, match="Set model.n_dims=10"):
         timeseries.prepare(replace(experiment, model=replace(experiment.model, n_dims=4)), to_anndata(world))
