@@ -5,8 +5,8 @@ obs columns; times must be numbers, so label stages 0, 1, 2, ... or by their hou
 code: 50 components of 2000 variable genes, library sizes over these genes, index time, 3000 steps of 512 cells.
 
 "series" is ours for any latent: its preprocessing divides it by one number, so that the training cells have a mean
-variance of 1 per dimension, and time counts in mean gaps between training times. What differs from the paper, and the mean
-of W1 / best training-free rule on Klein and B cell, seed 0, in trials that looked at these held-out times:
+variance of 1 per dimension, and time counts in mean gaps between training times. What differs from the paper, and the
+mean of W1 / best training-free rule on Klein and B cell, seed 0, in trials that looked at these held-out times:
 
     energy weight 1 / 0.1 / 0.02 / 0.004   1.37 / 1.10 / 1.02 / 0.97   a weight of 1 leaves a third of each displacement
     index instead of real time             0.98 (B cell better, Klein worse)
