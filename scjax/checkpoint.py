@@ -156,8 +156,11 @@ class CheckpointWriter:
     def __enter__(self) -> "CheckpointWriter":
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *more: object) -> None:
+        if kind is None:  # and so on every process: none goes on before the first has written what it was handed
+            hosts.together(self.close, "Writing a checkpoint")
+        else:
+            self.close()
 
 
 def list_steps(directory: str | Path) -> tuple[int, ...]:
@@ -435,9 +438,9 @@ def _restored(path: Path, wanted: Any, problem: str) -> Any:
     import orbax.checkpoint as ocp
 
     try:
-        options = ocp.handlers.CompositeOptions(**_alone())
-        handler = ocp.CompositeCheckpointHandler(composite_options=options)
-        with _quiet_orbax(), _deaf_to_late_reads(), ocp.Checkpointer(handler, **_alone()) as checkpointer:
+        alone = _alone()
+        handler = ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(**alone))
+        with _quiet_orbax(), _deaf_to_late_reads(), ocp.Checkpointer(handler, **alone) as checkpointer:
             return checkpointer.restore(path.resolve(), args=wanted)
     except Exception as err:  # whatever orbax, tensorstore or json say about a broken file
         first_line = next(iter(str(err).splitlines()), "")

@@ -20,6 +20,7 @@ __all__ = ["PeerError", "anyone", "check_agreed", "is_first", "refuse_several", 
 
 T = TypeVar("T")
 
+_PATIENCE = 60  # seconds that a process which ends in an error of its own waits for others, before they end too
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _ARGUMENTS = ("coordinator", "n_processes", "process_id")
 
@@ -58,7 +59,7 @@ def start(
         named = [name for name, value in given.items() if value is not None]
         if named:
             raise ValueError(f"detect=True asks the cluster for {', '.join(named)}; leave them out, or detect.")
-        jax.distributed.initialize()
+        jax.distributed.initialize(shutdown_timeout_seconds=_PATIENCE)
         return jax.process_count() > 1
     if all(value is None for value in given.values()):
         given = {name: os.environ.get(variable) or None for name, variable in _of_environment().items()}
@@ -78,7 +79,7 @@ def start(
     host, colon, port = str(given["coordinator"]).rpartition(":")
     if not (host and colon and port.isdecimal()):
         raise ValueError(f"{spelled['coordinator']} must be HOST:PORT; got {given['coordinator']!r}.")
-    jax.distributed.initialize(f"{host}:{port}", count, number)
+    jax.distributed.initialize(f"{host}:{port}", count, number, shutdown_timeout_seconds=_PATIENCE)
     return count > 1
 
 

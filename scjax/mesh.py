@@ -14,8 +14,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from scjax.batches import CellSetBatch, PairedBatch, TimeSeriesBatch
 from scjax.check import at_least
+from scjax.hosts import refuse_several
 
-__all__ = ["AXES", "fill_up", "make_mesh", "place", "put", "shardings", "split", "template"]
+__all__ = ["AXES", "check_shared", "fill_up", "make_mesh", "place", "put", "shardings", "split", "template", "told"]
 
 AXES = ("batch", "cells")
 
@@ -46,6 +47,34 @@ def make_mesh(n_devices: int | None = None, *, cells: int = 1) -> Mesh:
     if n % cells:
         raise ValueError(f"cells must divide n_devices; got cells={cells}, n_devices={n}.")
     return jax.make_mesh((n // cells, cells), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices[:n])
+
+
+def check_shared(mesh: Mesh | None, shard_above: int | None) -> None:
+    """A mesh that training can share, and `shard_above` only with one.
+
+    Raises:
+        ValueError: other axes, a process without a device of the mesh, or several processes without a mesh.
+    """
+    if mesh is None:
+        if shard_above is not None:
+            raise ValueError(f"shard_above={shard_above} needs a mesh of devices to spread over; got mesh=None.")
+        refuse_several("training without a mesh")
+        return
+    if shard_above is not None:
+        at_least("shard_above", shard_above, 1)
+    if tuple(mesh.axis_names) != AXES:
+        raise ValueError(f"mesh must have the axes {AXES} (scjax.mesh.make_mesh); got {mesh.axis_names}.")
+    left = set(range(jax.process_count())) - {device.process_index for device in mesh.devices.flat}
+    if left:
+        raise ValueError(f"mesh must hold devices of every process; it has none of {sorted(left)}.")
+
+
+def told(mesh: Mesh) -> str:
+    """One line on the devices that share a run."""
+    first, n_processes = mesh.devices.flat[0], len({device.process_index for device in mesh.devices.flat})
+    of = f" of {n_processes} processes" if n_processes > 1 else ""
+    axes = " x ".join(f"{mesh.shape[axis]} {axis}" for axis in AXES)
+    return f"trained on {mesh.size} devices{of} ({first.device_kind}): {axes}"
 
 
 def split(batch: Any, mesh: Mesh) -> Any:

@@ -136,7 +136,7 @@ def fit(
         NonFiniteError: a loss, term, gradient or validation score is NaN or infinite.
         Interrupted: SIGTERM, where this runs in the main thread. A second SIGTERM acts at once.
     """
-    _check_mesh(mesh, shard_above)
+    meshes.check_shared(mesh, shard_above)
     if shard_above is not None:
         loss_fn = _of_whole_parameters(loss_fn, mesh)
     update = make_scanned_update(loss_fn, tx, ema_decay, ema_every=ema_every, ema_start=ema_start)
@@ -399,10 +399,12 @@ def _laid_out(state: TrainState, mesh: Mesh, shard_above: int | None) -> TrainSt
     where, whole = meshes.shardings(state, mesh, shard_above)
     if whole and hosts.is_first():
         _log_of_module.warning(
-            "shard_above=%d: no axis of these is a multiple of the %d devices, so each device holds them whole: %s",
+            "shard_above=%d: %d arrays have no axis that is a multiple of the %d devices; each device holds them "
+            "whole, the first of them %s",
             shard_above,
+            len(whole),
             mesh.size,
-            ", ".join(whole),
+            ", ".join(whole[:3]),
         )
     return jax.tree.map(meshes.put, state, where)
 
@@ -429,19 +431,6 @@ def _of_this_process(hooks: Sequence[Hook]) -> list[Hook]:
 
 
 # -- guards
-
-
-def _check_mesh(mesh: Mesh | None, shard_above: int | None) -> None:
-    if mesh is None:
-        if shard_above is not None:
-            raise ValueError(f"shard_above={shard_above} needs mesh, the devices to spread over; got None.")
-        hosts.refuse_several("fit without a mesh")
-        return
-    if tuple(mesh.axis_names) != meshes.AXES:
-        raise ValueError(f"mesh must have the axes {meshes.AXES} (scjax.mesh.make_mesh); got {mesh.axis_names}.")
-    left = set(range(jax.process_count())) - {device.process_index for device in mesh.devices.flat}
-    if left:
-        raise ValueError(f"mesh must hold devices of every process; it has none of {sorted(left)}.")
 
 
 def check_counts(
