@@ -203,9 +203,10 @@ def _grouped(
         return PartitionSpec("batch"), PartitionSpec("batch", "cells")
     if n_cells % mesh.size == 0:
         return PartitionSpec(), PartitionSpec(None, AXES)
+    within = f" and sampling.n_cells one of {n_within}" if n_within > 1 else ""
     raise ValueError(
-        f"a batch of {n_groups} {name}s of {n_cells} cells cannot be shared by {mesh.size} devices (mesh {n_batch} x "
-        f"{n_within}): {option} must be a multiple of {n_batch}, or sampling.n_cells one of {mesh.size}."
+        f"a batch of {n_groups} {name}s of {n_cells} cells cannot be shared by {mesh.size} devices ({n_batch} x "
+        f"{n_within}): {option} must be a multiple of {n_batch}{within}, or sampling.n_cells one of {mesh.size}."
     )
 
 
