@@ -17,6 +17,7 @@ from scjax import __version__, predict
 from scjax.check import suggestion
 from scjax.config import override, to_dict, to_json
 from scjax.experiment import Experiment, read_experiment
+from scjax.hosts import PeerError
 from scjax.types import Population
 
 __all__ = ["main"]
@@ -505,7 +506,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("scjax: interrupted. A run goes on from its newest checkpoint with --resume.", file=sys.stderr)
         raise SystemExit(130) from None
-    except (ValueError, ArithmeticError, OSError) as err:
+    except (ValueError, ArithmeticError, OSError, PeerError) as err:
         notes = "".join(f"\n{note}" for note in (*getattr(err, "__notes__", ()), *_as_options(str(err), arguments)))
         print(f"scjax: {err}{notes}", file=sys.stderr)
         raise SystemExit(2) from err

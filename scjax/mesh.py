@@ -193,9 +193,7 @@ def put(leaf: Any, sharding: Sharding) -> jax.Array:
     return jax.make_array_from_callback(host.shape, sharding, lambda part: host[part])
 
 
-def _grouped(
-    name: str, option: str, shape: Sequence[int], mesh: Mesh
-) -> tuple[PartitionSpec, PartitionSpec]:
+def _grouped(name: str, option: str, shape: Sequence[int], mesh: Mesh) -> tuple[PartitionSpec, PartitionSpec]:
     """Of what is one for a group of cells, [groups, ...], and of what is one a cell, [groups, cells, ...]."""
     n_groups, n_cells = shape[:2]
     n_batch, n_within = (mesh.shape[axis] for axis in AXES)

@@ -139,6 +139,7 @@ def fit(
     meshes.check_shared(mesh, shard_above)
     if shard_above is not None:
         loss_fn = _of_whole_parameters(loss_fn, mesh)
+        validate = validate and _scores_of_whole_parameters(validate, mesh)
     update = make_scanned_update(loss_fn, tx, ema_decay, ema_every=ema_every, ema_start=ema_start)
     check_counts(scan_steps, n_steps, log_every, checkpoint_every, validate, validate_every, patience)
     fresh = init_state(params, tx, key, ema=ema_decay is not None, best=validate is not None)
@@ -250,9 +251,7 @@ class Runner:
         if self.mesh is None:
             return jax.jit(self.update, donate_argnums=0)
         stays = jax.tree.map(lambda leaf: leaf.sharding, state)
-        return jax.jit(
-            self.update, donate_argnums=0, out_shardings=(stays, NamedSharding(self.mesh, PartitionSpec()))
-        )
+        return jax.jit(self.update, donate_argnums=0, out_shardings=(stays, NamedSharding(self.mesh, PartitionSpec())))
 
 
 def _padded(leaf: Any, n: int, length: int) -> Any:
@@ -420,6 +419,11 @@ def _of_whole_parameters(loss_fn: LossFn, mesh: Mesh) -> LossFn:
         return loss_fn(jax.lax.with_sharding_constraint(params, everywhere), batch, key)
 
     return loss
+
+
+def _scores_of_whole_parameters(validate: Validate, mesh: Mesh) -> Validate:
+    """Every process may then look at all of them, also on the host."""
+    return lambda params: validate(jax.device_put(params, NamedSharding(mesh, PartitionSpec())))
 
 
 def _of_this_process(hooks: Sequence[Hook]) -> list[Hook]:

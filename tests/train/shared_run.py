@@ -2,6 +2,7 @@
 
 python shared_run.py devices FOLDER                 on 8 devices of one process
 python shared_run.py processes FOLDER PORT NUMBER   on 2 devices of each of two processes, after the former
+python shared_run.py killed FOLDER PORT NUMBER      likewise, and the second is killed in step 11
 """
 
 import json
@@ -149,7 +150,12 @@ def on_devices(folder: Path) -> dict:
         run(mesh=all_8, batches=lambda n: jax.tree.map(lambda leaf: leaf[:15], batch_at(n)))
     except ValueError as err:
         refused = str(err)
-    return {"parts": parts(spread), "warnings": sorted(set(warnings)), "traced": [n_short, len(traced)], "refused": refused}
+    return {
+        "parts": parts(spread),
+        "warnings": sorted(set(warnings)),
+        "traced": [n_short, len(traced)],
+        "refused": refused,
+    }
 
 
 def on_processes(folder: Path, number: int) -> dict:
@@ -209,6 +215,15 @@ def on_processes(folder: Path, number: int) -> dict:
     return told
 
 
+def killed(folder: Path, number: int) -> None:
+    def batches(n):
+        if n == 11 and number == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return batch_at(n)
+
+    saved(folder / "killed", N_STEPS, batches=batches, mesh=make_mesh(), shard_above=ABOVE)
+
+
 def main() -> None:
     what, folder, *more = sys.argv[1:]
     folder = Path(folder)
@@ -218,6 +233,9 @@ def main() -> None:
     else:
         port, number = more
         assert hosts.start(f"localhost:{port}", 2, int(number))
+        if what == "killed":
+            killed(folder, int(number))
+            return
         found, file = on_processes(folder, int(number)), folder / f"process-{number}.json"
     file.write_text(json.dumps(found))
 

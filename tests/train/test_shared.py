@@ -9,8 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+import regression
+import shared_run
 
 from scjax.checkpoint import list_steps, read
 
@@ -36,6 +39,12 @@ def finish(*programs: subprocess.Popen) -> None:
             program.kill()
 
 
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return str(free.getsockname()[1])
+
+
 @pytest.fixture(scope="module")
 def devices(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shared")
@@ -47,9 +56,7 @@ def devices(tmp_path_factory):
 def processes(devices):
     """What each of the two tells; the first one's folder is that of `devices`."""
     folder, _ = devices
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
+    port = free_port()
     finish(*(start(2, "processes", str(folder), port, str(number)) for number in range(2)))
     return folder, [json.loads((folder / f"process-{number}.json").read_text()) for number in range(2)]
 
@@ -166,3 +173,25 @@ def test_what_processes_must_agree_on(processes):
         )
         assert told["no mesh"] == "ValueError: training without a mesh is for one process; there are 2."
         assert told["too few"].startswith("ValueError: n_devices must be all 4 devices of the 2 processes")
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_others_and_loses_no_checkpoint(tmp_path):
+    """The survivor learns of it within a minute and a half, ends with an error, and one device goes on."""
+    port = free_port()
+    survivor, victim = (start(2, "killed", str(tmp_path), port, str(number)) for number in range(2))
+    try:
+        survivor.communicate(timeout=PATIENCE)
+        victim.communicate(timeout=PATIENCE)
+    finally:
+        survivor.kill()
+        victim.kill()
+    assert victim.returncode == -9
+    assert survivor.returncode not in (0, -9)
+    newest = list_steps(tmp_path / "killed")[-1]
+    assert newest in (5, 10)
+    found = shared_run.saved(tmp_path / "killed", shared_run.N_STEPS, resume=newest)
+    wanted = shared_run.run()
+    for one, other in zip(jax.tree.leaves(found.params), jax.tree.leaves(wanted.params), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=2e-6)
+    assert regression.bits(found.key) == regression.bits(wanted.key)
