@@ -27,7 +27,7 @@ ABOVE = 16
 def experiment(name: str):
     """Eight cells are divisible; eps keeps Adam from making steps of the rounding where a gradient is zero."""
     tiny = TINY[name].EXPERIMENT
-    more = {"split": HoldOutSeenDoubles(validation_fraction=0.3), "validate_every": 5} if name == "scdfm" else {}
+    more = {"split": HoldOutSeenDoubles(validation_fraction=0.34), "validate_every": 5} if name == "scdfm" else {}
     return replace(
         tiny,
         sampling=replace(tiny.sampling, n_cells=8),
