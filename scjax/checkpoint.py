@@ -7,6 +7,12 @@ A directory holds one run; each complete checkpoint is a folder in it, named by 
     step, arrays, about = read(directory)                            # the newest
     step, arrays, about = read(directory, like={"state": template})  # NamedTuples and optax states come back as such
 
+A checkpoint knows nothing of devices. Arrays that are spread over several are stored whole, and come back on whatever
+devices the template names: what 8 devices saved, 1 or 2 processes of 2 go on from. With several processes
+(`scjax.hosts`) all of them open the writer and hand in their arrays; the first alone writes, so that what is said of
+one writer stays true. The arrays pass through the memory of its host, leaf by leaf; no device holds more of a leaf that
+is spread over processes than the whole of that one leaf.
+
 What the arrays mean and what `about` says is the caller's affair; this module writes atomically, keeps the last few,
 and notices what was damaged: every leaf is stored with a digest of its bytes, shape and dtype, which `read` checks.
 """
@@ -28,7 +34,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from scjax import hosts
 from scjax.check import at_least, suggestion
+from scjax.mesh import put
 
 __all__ = ["Checkpoint", "CheckpointWriter", "list_steps", "provenance", "read", "read_about"]
 
@@ -65,6 +73,13 @@ class CheckpointWriter:
         at_least("keep", keep, 1)
         self.directory = Path(directory).resolve()
         self.about = _plain_json(about)
+        self._stack = ExitStack()
+        self._manager: Any = None  # the first process has one
+        hosts.together(lambda: self._begin(keep, resume_from) if hosts.is_first() else None, "Opening checkpoints")
+        self.last_step = resume_from  # the newest step that this run can be taken up from
+        self._open = True
+
+    def _begin(self, keep: int, resume_from: int | None) -> None:
         _admit(self.directory, self.about["run"], resume_from)
 
         import orbax.checkpoint as ocp
@@ -79,29 +94,38 @@ class CheckpointWriter:
                     create=False,
                     enable_async_checkpointing=True,
                     cleanup_tmp_directories=True,  # left by a process that was killed while writing
+                    **_alone(),
                 ),
             )
             stack.callback(self._manager.close)
             self._stack = stack.pop_all()
-        self.last_step = resume_from  # the newest step that this run can be taken up from
-        self._open = True
 
     def save(self, step: int, arrays: Mapping[str, Any]) -> None:
         """Copies the arrays to the host now, so that they may be donated or changed, and writes them in the background.
 
         `arrays` maps names to trees of arrays. An error of the previous write comes here or from `wait`.
 
+        Of several processes each calls this, at the same step.
+
         Raises:
             ValueError: the step exists already; a leaf is no array; a name in the tree cannot be stored.
         """
-        import orbax.checkpoint as ocp
-
         at_least("step", step, 0)
         if not self._open:
             raise ValueError(f"the writer of {self.directory} is closed; open another to save step {step}.")
+        hosts.together(lambda: self._check_new(step) if hosts.is_first() else None, "Writing a checkpoint")
+        leaves = _pack(arrays)
+        hosts.together(lambda: self._write(step, leaves) if hosts.is_first() else None, "Writing a checkpoint")
+        self.last_step = step
+
+    def _check_new(self, step: int) -> None:
         if step in list_steps(self.directory) or step == self._manager.latest_step():
             raise ValueError(f"{self.directory} holds step {step} already, and a checkpoint is never overwritten.")
-        leaves, manifest = _pack(arrays)
+
+    def _write(self, step: int, packed: "_Packed") -> None:
+        import orbax.checkpoint as ocp
+
+        leaves, manifest = packed.leaves, _manifest(packed)
         manifest["digest"] = _seal(manifest, self.about)
         stored = {path: leaf for path, leaf in leaves.items() if leaf.size}  # orbax refuses arrays without entries
         self._manager.save(
@@ -113,24 +137,30 @@ class CheckpointWriter:
             ),
             force=True,
         )
-        self.last_step = step
 
     def wait(self) -> None:
-        """Blocks until every checkpoint handed to `save` is on the disk; raises what went wrong in writing it."""
-        self._manager.wait_until_finished()
+        """Blocks until every checkpoint handed to `save` is on the disk; raises what went wrong in writing it.
+
+        Of several processes the first alone waits, and learns of it.
+        """
+        if self._manager is not None:
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits, and frees the threads. Closing twice does nothing."""
         if self._open:
             self._open = False
             with self._stack:
-                self._manager.wait_until_finished()
+                self.wait()
 
     def __enter__(self) -> "CheckpointWriter":
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *more: object) -> None:
+        if kind is None:  # and so on every process: none goes on before the first has written what it was handed
+            hosts.together(self.close, "Writing a checkpoint")
+        else:
+            self.close()
 
 
 def list_steps(directory: str | Path) -> tuple[int, ...]:
@@ -150,7 +180,9 @@ def read(directory: str | Path, step: int | None = None, *, like: Mapping[str, A
 
     Args:
         like: templates by the names given to `save`; arrays, or `jax.ShapeDtypeStruct`s as `jax.eval_shape` gives them.
-            These entries come back in the template's structure and, for committed arrays, with its sharding.
+            These entries come back in the template's structure and with the sharding of its committed arrays, or of
+            its structs that have one (`scjax.mesh.template`): each device gets its part alone, of several processes
+            each reads the files and keeps the parts of its devices.
 
     Raises:
         ValueError: no such directory or step; the checkpoint is damaged (the message names what, and the newest earlier
@@ -267,27 +299,46 @@ def _chosen(directory: Path, step: int | None) -> int:
 # -- a tree as leaves by path, with a manifest
 
 
-def _pack(arrays: Mapping[str, Any]) -> tuple[dict[tuple[str, ...], np.ndarray], dict[str, Any]]:
-    """Private host copies of the leaves, and a description of each."""
-    leaves, notes = {}, {}
+class _Packed(NamedTuple):
+    """Private host copies of the leaves by path, and a description of each; empty on processes that do not write."""
+
+    leaves: dict[tuple[str, ...], np.ndarray]
+    notes: dict[tuple[str, ...], dict[str, Any]]
+
+
+def _pack(arrays: Mapping[str, Any]) -> _Packed:
+    packed, n_entries = _Packed({}, {}), 0
     for path, leaf in _paths(dict(arrays)):
         note = {"jax": isinstance(leaf, jax.Array)}
         if _is_key(leaf):
             note["prng"] = str(jax.random.key_impl(leaf))
             leaf = jax.random.key_data(leaf)
-        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-            raise ValueError(f"{'/'.join(path)} lies on several hosts; gather it before saving.")
-        value = np.array(leaf)  # a copy: the buffer of a jax array on the CPU may be donated to the next step
-        if value.dtype.kind in "OUSmM":
+        if not isinstance(leaf, jax.Array) and np.asarray(leaf).dtype.kind in "OUSmM":
             raise ValueError(f"{'/'.join(path)} must be an array of numbers; got {leaf!r}. Text belongs into about.")
-        leaves[path] = value
-        notes["/".join(path)] = note | {"shape": list(value.shape), "dtype": value.dtype.name}
-    if not any(leaf.size for leaf in leaves.values()):
+        n_entries += np.size(leaf)
+        value = _whole(leaf)
+        if hosts.is_first():
+            packed.leaves[path] = value
+            packed.notes[path] = note | {"shape": list(value.shape), "dtype": value.dtype.name}
+    if not n_entries:
         raise ValueError("arrays must hold at least one array with entries.")
+    return packed
+
+
+def _whole(leaf: Any) -> np.ndarray | None:
+    """A copy: the buffer of a jax array on the CPU may be donated to the next step. None where nothing is written."""
+    if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+        from jax.experimental.multihost_utils import process_allgather
+
+        return np.asarray(process_allgather(leaf, tiled=True))  # of an array that nobody else holds
+    return np.array(leaf) if hosts.is_first() else None
+
+
+def _manifest(packed: _Packed) -> dict[str, Any]:
     with ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock
-        for note, digest in zip(notes.values(), pool.map(_digest, leaves.values()), strict=True):
-            note["digest"] = digest
-    return leaves, {"format": _FORMAT, "leaves": notes}
+        digests = dict(zip(packed.leaves, pool.map(_digest, packed.leaves.values()), strict=True))
+    leaves = {"/".join(path): note | {"digest": digests[path]} for path, note in packed.notes.items()}
+    return {"format": _FORMAT, "leaves": leaves}
 
 
 def _paths(tree: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -387,13 +438,26 @@ def _restored(path: Path, wanted: Any, problem: str) -> Any:
     import orbax.checkpoint as ocp
 
     try:
-        with _quiet_orbax(), _deaf_to_late_reads(), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        alone = _alone()
+        handler = ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(**alone))
+        with _quiet_orbax(), _deaf_to_late_reads(), ocp.Checkpointer(handler, **alone) as checkpointer:
             return checkpointer.restore(path.resolve(), args=wanted)
     except Exception as err:  # whatever orbax, tensorstore or json say about a broken file
         first_line = next(iter(str(err).splitlines()), "")
         raise _DamagedError(
             f"the checkpoint {path} is damaged: {problem} ({type(err).__name__}: {first_line[:200]})."
         ) from err
+
+
+def _alone() -> dict[str, Any]:
+    """Options with which this process reads or writes without waiting for others: orbax would meet them at barriers."""
+    if jax.process_count() == 1:
+        return {}
+    from orbax.checkpoint.options import MultiprocessingOptions
+
+    me = jax.process_index()
+    alone = MultiprocessingOptions(primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"scjax_{me}")
+    return {"multiprocessing_options": alone}
 
 
 def _at(tree: Any, path: Sequence[str]) -> np.ndarray:
@@ -444,17 +508,26 @@ def _as_leaf(leaf: Any, path: Sequence[str], value: np.ndarray, note: Mapping[st
         raise ValueError(f"{at} is {'a' if 'prng' in note else 'no'} random key in {place}; like says otherwise.")
     if _is_key(leaf):
         key = jax.random.wrap_key_data(_on_device(at, value), impl=note["prng"])
+        sharding = _sharding_of(leaf)
+        key = key if sharding is None else put(key, sharding)
         if key.dtype != leaf.dtype or key.shape != leaf.shape:
             raise ValueError(f"{at} is {key.dtype}{key.shape} in {place}; like has {leaf.dtype}{leaf.shape}.")
         return key
     shape, dtype = np.shape(leaf), np.dtype(leaf.dtype) if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
     if (value.shape, value.dtype) != (shape, dtype):
         raise ValueError(f"{at} is {value.dtype.name}{value.shape} in {place}; like has {dtype.name}{shape}.")
-    if isinstance(leaf, jax.Array) and leaf.committed:
-        return jax.device_put(value, leaf.sharding)
+    sharding = _sharding_of(leaf)
+    if sharding is not None:
+        return put(value, sharding)
     if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
         return _on_device(at, value)
     return value
+
+
+def _sharding_of(leaf: Any) -> Any:
+    """Where a template wants its array; None leaves that to JAX."""
+    wants = leaf.committed if isinstance(leaf, jax.Array) else isinstance(leaf, jax.ShapeDtypeStruct)
+    return leaf.sharding if wants else None
 
 
 class _NotOrbax(logging.Filter):

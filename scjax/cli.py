@@ -17,6 +17,7 @@ from scjax import __version__, predict
 from scjax.check import suggestion
 from scjax.config import override, to_dict, to_json
 from scjax.experiment import Experiment, read_experiment
+from scjax.hosts import PeerError
 from scjax.types import Population
 
 __all__ = ["main"]
@@ -66,6 +67,15 @@ class Train:
         resume: continue the run in `out`, with the same data; its settings are read from there unless given.
         step: of the checkpoint to resume from; the newest if left out.
         verbose: print all settings first.
+        keep: newest checkpoints that stay.
+        devices: of this machine, that share each step; one if left out. With several processes all devices of all.
+        shard_above: spread parameters and optimiser states of so many entries or more over the devices.
+        coordinator: HOST:PORT of the first of several processes, each of which runs this command; together with
+            --n-processes and --process-id. In their place the environment may name them: JAX_COORDINATOR_ADDRESS,
+            JAX_NUM_PROCESSES, JAX_PROCESS_ID.
+        n_processes: of all machines.
+        process_id: of this one, from 0; that one writes.
+        detect_processes: instead, ask the cluster that started the processes (SLURM, Open MPI, Kubernetes, TPU pods).
         experiment: the settings.
     """
 
@@ -77,16 +87,31 @@ class Train:
     resume: bool = False
     step: int | None = None
     verbose: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    keep: int = 3
+    devices: int | None = None
+    shard_above: int | None = None
+    coordinator: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = None
+    n_processes: int | None = None
+    process_id: int | None = None
+    detect_processes: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     experiment: _Settings
 
     def execute(self) -> None:
+        from scjax import hosts, mesh
         from scjax.experiment import train
         from scjax.train.hooks import Progress
 
-        self.announce()
-        adata = _read_data(self.data, self.experiment.kind)
+        several = hosts.start(self.coordinator, self.n_processes, self.process_id, detect=self.detect_processes)
+        first = hosts.is_first()
+        shared = None if self.devices is None and not several else mesh.make_mesh(self.devices)
+        if first:
+            self.announce()
+        adata = hosts.together(lambda: _read_data(self.data, self.experiment.kind), "Reading the data")
         bar = Progress(self.experiment.cells_per_step, force=True)
-        done = train(self.experiment, adata, self.out, resume=self.resume, step=self.step, hooks=[bar])
+        options = {"keep": self.keep, "mesh": shared, "shard_above": self.shard_above}
+        done = train(self.experiment, adata, self.out, resume=self.resume, step=self.step, hooks=[bar], **options)
+        if not first:
+            return
         lines = _next_commands(self.experiment, done, self.out, self.data)
         print(f"{int(done.state.step)} steps; the run is in {self.out}.{' Next:' if lines else ''}")
         for line in lines:
@@ -481,7 +506,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("scjax: interrupted. A run goes on from its newest checkpoint with --resume.", file=sys.stderr)
         raise SystemExit(130) from None
-    except (ValueError, ArithmeticError, OSError) as err:
+    except (ValueError, ArithmeticError, OSError, PeerError) as err:
         notes = "".join(f"\n{note}" for note in (*getattr(err, "__notes__", ()), *_as_options(str(err), arguments)))
         print(f"scjax: {err}{notes}", file=sys.stderr)
         raise SystemExit(2) from err

@@ -12,8 +12,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeAlias
 
-from scjax.check import one_of
-from scjax.config import from_dict, from_json
+from jax.sharding import Mesh
+
+from scjax import hosts
+from scjax.check import at_least, one_of
+from scjax.config import from_dict, from_json, to_json
 from scjax.data.spec import AnnData
 from scjax.experiment import cellsets, perturbation, timeseries
 from scjax.experiment.cellsets import CellSetExperiment, Pretrained
@@ -30,6 +33,7 @@ from scjax.experiment.run import (
 )
 from scjax.experiment.seeds import SeedRuns, check_group, train_tasks
 from scjax.experiment.timeseries import TimeSeriesExperiment
+from scjax.mesh import check_shared
 from scjax.metrics import perturbation_report, report
 from scjax.predict import load, model_title
 from scjax.train.hooks import Hook
@@ -94,6 +98,9 @@ def train(
     resume: bool = False,
     step: int | None = None,
     hooks: Sequence[Hook] = (),
+    keep: int = 3,
+    mesh: Mesh | None = None,
+    shard_above: int | None = None,
 ) -> Run:
     """Prepares the data, trains, and writes `workdir`:
 
@@ -103,24 +110,53 @@ def train(
 
     Args:
         resume: continue the run in `workdir`; settings and data must be the same. Step n uses the same cells and noise
-            as in an uninterrupted run, so the result is the same, bit for bit.
+            as in an uninterrupted run, so the result is the same: bit for bit on the same devices, on others up to
+            rounding.
         step: of the checkpoint to resume from, the newest unless given. Later ones are set aside, not deleted.
         hooks: besides the log and the checkpoints, `train.hooks.Progress()` for instance.
+        keep: so many of the newest checkpoints stay. Where there is a validation each of them also holds the parameters
+            with the best score so far, which predict; they are never lost with an older checkpoint.
+        mesh: the devices that share each step, `scjax.mesh.make_mesh()` for all; None uses one. The run can be resumed
+            on others. After `scjax.hosts.start` every process calls this; the first alone writes to `workdir`, which
+            the others can read.
+        shard_above: spread arrays of so many entries or more over the devices, see `train.loop.fit`.
 
     Raises:
         ValueError: data that do not fit the spec, an error of `data.leaks.check_split` that `allow_leaks` does not
             name, a folder that holds something else (nothing is ever overwritten), a resumed run with other settings or
-            other data, a damaged checkpoint.
+            other data, a damaged checkpoint, batches that the devices cannot share, other settings or data on another
+            process.
+        scjax.hosts.PeerError: another process failed.
         train.loop.NonFiniteError, train.loop.Interrupted: see there.
     """
     workdir = Path(workdir)
-    admit(workdir, resume, step)
-    if resume:
-        check_same_settings(read_experiment(workdir), experiment, workdir)
+    at_least("keep", keep, 1)
+    check_shared(mesh, shard_above)
     module = _KINDS[experiment.kind][1]
-    module.check(adata, experiment.spec)
-    digest = module.digest(adata, experiment.spec)
-    return train_task(experiment, adata, workdir, digest, module.prepare, resume=resume, step=step, hooks=hooks)
+
+    def admitted() -> str:
+        admit(workdir, resume, step)
+        if resume:
+            check_same_settings(read_experiment(workdir), experiment, workdir)
+        module.check(adata, experiment.spec)
+        return module.digest(adata, experiment.spec)
+
+    digest = hosts.together(admitted, "Looking at folder and data")
+    hosts.check_agreed("the settings", to_json(experiment))
+    hosts.check_agreed("the data", digest)
+    return train_task(
+        experiment,
+        adata,
+        workdir,
+        digest,
+        module.prepare,
+        resume=resume,
+        step=step,
+        hooks=hooks,
+        keep=keep,
+        mesh=mesh,
+        shard_above=shard_above,
+    )
 
 
 def train_seeds(
@@ -156,6 +192,7 @@ def train_seeds(
         ValueError: as `train`; repeated seeds or folders, or not as many of both.
         train.loop.Interrupted: SIGTERM, once all are saved. Groups that had not begun have no folder.
     """
+    hosts.refuse_several("train_seeds")
     folders = [Path(folder) for folder in workdirs]
     check_group(folders, seeds, together)
     for folder, seed in zip(folders, seeds, strict=True):

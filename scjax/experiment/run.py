@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from scjax import checkpoint
+from scjax import checkpoint, hosts
+from scjax import mesh as meshes
 from scjax.check import at_least, probability
 from scjax.config import to_dict, to_json
 from scjax.data.device import prefetch
@@ -168,25 +170,43 @@ def train_task(
     resume: bool,
     step: int | None,
     hooks: Sequence[Hook],
+    keep: int = 3,
+    mesh: Mesh | None = None,
+    shard_above: int | None = None,
 ) -> Run:
     """Trains what `prepare` makes of the data; `admit` has let it in. See `scjax.experiment.train`."""
-    if resume:
-        check_same_data(checkpoint.read_about(workdir / "checkpoints", step), digest, workdir)
-    task = prepare(experiment, adata)
-    if not resume:
-        task.findings.stop()
-    begun = begin(experiment, task, adata, workdir, digest, task.start or jax.jit(task.model.init), resume, step)
-    tell(task)
+
+    def ready() -> tuple[Task, Begun]:
+        if resume:
+            check_same_data(checkpoint.read_about(workdir / "checkpoints", step), digest, workdir)
+        task = prepare(experiment, adata)
+        if not resume:
+            task.findings.stop()
+        if mesh is not None:
+            meshes.split(meshes.fill_up(task.batches(0), mesh), mesh)  # an error before anything is written
+        start = task.start or jax.jit(task.model.init)
+        return task, begin(experiment, task, adata, workdir, digest, start, resume, step, mesh, shard_above)
+
+    task, begun = hosts.together(ready, "Preparing the run")
+    batches = task.batches
+    if mesh is not None:
+        batches = lambda n: meshes.fill_up(task.batches(n), mesh)  # noqa: E731
+    if hosts.is_first():
+        tell(task)
+        if mesh is not None:
+            sys.stderr.write(f"{meshes.told(mesh)}\n")
     validation = {} if task.validate is None else {"validate": task.validate, **validation_options(experiment)}
-    with begun.writer() as writer, recorded_failure(workdir):
+    with begun.writer(keep) as writer, recorded_failure(workdir):
         state = fit(
             task.model.loss,
             begun.params,
             begun.tx,
-            task.batches,
+            batches,
             key=begun.key,
             state=begun.state,
             hooks=(*begun.hooks(writer), *hooks),
+            mesh=mesh,
+            shard_above=shard_above,
             **loop_options(experiment, task),
             **validation,
         )
@@ -220,8 +240,9 @@ class Begun(NamedTuple):
     arrays: Mapping[str, Any]
     workdir: Path
 
-    def writer(self) -> checkpoint.CheckpointWriter:
-        return checkpoint.CheckpointWriter(self.workdir / "checkpoints", about=self.about, resume_from=self.step)
+    def writer(self, keep: int = 3) -> checkpoint.CheckpointWriter:
+        folder = self.workdir / "checkpoints"
+        return checkpoint.CheckpointWriter(folder, about=self.about, keep=keep, resume_from=self.step)
 
     def hooks(self, writer: checkpoint.CheckpointWriter) -> tuple[Hook, ...]:
         return SaveCheckpoints(writer, self.arrays), JsonlLogger(self.workdir / "metrics.jsonl")
@@ -236,17 +257,25 @@ def begin(
     start: Callable[[Any], Params],
     resume: bool,
     step: int | None,
+    mesh: Mesh | None = None,
+    shard_above: int | None = None,
 ) -> Begun:
-    """The state that `task` begins from, or goes on from; a new run's folder gets its settings."""
+    """The state that `task` begins from, or goes on from, laid out on the mesh; a new run's folder gets its settings.
+
+    Of several processes the first alone writes.
+    """
     tx = make_optimizer(experiment.optimizer, experiment.n_steps)
     key_init, key_train = jax.random.split(jax.random.key(experiment.seed))
     params, state = start(key_init), None
     if resume:
         ema, best = experiment.ema_decay is not None, task.validate is not None
         template = jax.eval_shape(lambda p, k: init_state(p, tx, k, ema=ema, best=best), params, key_train)
+        if mesh is not None:
+            template = meshes.template(template, mesh, shard_above)
         saved = checkpoint.read(workdir / "checkpoints", step, like={"state": template})
         step, state = saved.step, saved.arrays["state"]
-        (workdir / FAILED).unlink(missing_ok=True)  # it failed; whether it does now will be seen
+        if hosts.is_first():
+            (workdir / FAILED).unlink(missing_ok=True)  # it failed; whether it does now will be seen
 
     about = {
         **task.about,
@@ -257,7 +286,7 @@ def begin(
     about["run"] = hashlib.blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=8).hexdigest()
     about["findings"] = task.findings.to_json_dict()
     about["provenance"] = checkpoint.provenance()
-    if not resume:
+    if not resume and hosts.is_first():
         workdir.mkdir(parents=True, exist_ok=True)
         for name, settings in (("experiment.json", experiment), ("split.json", task.split)):
             with open(workdir / name, "x", encoding="utf-8") as file:
@@ -288,7 +317,8 @@ def recorded_failure(workdir: Path) -> Iterator[None]:
     try:
         yield
     except NonFiniteError as err:
-        record_failure(workdir, err)
+        if hosts.is_first():
+            record_failure(workdir, err)
         raise
 
 

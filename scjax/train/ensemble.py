@@ -11,6 +11,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from scjax.check import at_least
+from scjax.hosts import refuse_several
 from scjax.types import Batch, LossFn, Params
 
 from .hooks import Hook
@@ -140,6 +141,7 @@ def fit_together(
         Interrupted: SIGTERM, once all runs are with their hooks.
     """
     check_counts(scan_steps, n_steps, log_every, checkpoint_every, validate, validate_every, patience)
+    refuse_several("fit_together")
     n_runs = len(params)
     at_least("the number of runs", n_runs, 1)
     states = [None] * n_runs if states is None else list(states)

@@ -25,7 +25,14 @@ class Saved(NamedTuple):
 
 
 class Hook:
-    """Does nothing; a hook of your own overrides what it needs. A step's number counts finished steps, from 1."""
+    """Does nothing; a hook of your own overrides what it needs. A step's number counts finished steps, from 1.
+
+    Attributes:
+        every_process: of a run on several processes the first alone tells its hooks anything, unless this is True; the
+            hooks for which it is come before the others.
+    """
+
+    every_process = False
 
     def on_start(self, step: int, n_steps: int) -> None:
         """Before anything is compiled; `step` steps are done already. To refuse the run, raise ValueError here."""
@@ -177,6 +184,8 @@ class SaveCheckpoints(Hook):
 
     The hook waits for the last write at the end of the run; opening and closing the writer is the caller's.
     """
+
+    every_process = True  # arrays that are spread over the processes are brought together by all of them
 
     def __init__(self, writer: CheckpointWriter, extra: Mapping[str, Any] | None = None):
         extra = dict(extra or {})

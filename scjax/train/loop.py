@@ -1,19 +1,24 @@
 """The training loop: it sees a loss, a transformation and a stream of batches, and knows no model."""
 
+import logging
 import math
 import signal
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PRNGKeyArray
 
+from scjax import hosts
+from scjax import mesh as meshes
 from scjax.check import at_least
 from scjax.types import Batch, LossFn, Params
 
@@ -22,6 +27,8 @@ from .state import Best, TrainState, init_state, own_copy
 from .step import EmaStart, make_scanned_update
 
 __all__ = ["Interrupted", "NonFiniteError", "Stream", "Validate", "fit", "in_order"]  # the rest serves `ensemble` too
+
+_log_of_module = logging.getLogger(__name__)
 
 Stream: TypeAlias = Callable[..., Iterable[Any]]
 Validate: TypeAlias = Callable[[Params], Mapping[str, Any]]
@@ -85,6 +92,8 @@ def fit(
     validate: Validate | None = None,
     validate_every: int = 100,
     patience: int | None = None,
+    mesh: Mesh | None = None,
+    shard_above: int | None = None,
 ) -> TrainState:
     """Trains until `n_steps` steps are done, counted from the first step of the run.
 
@@ -110,15 +119,27 @@ def fit(
             test data; called as it is, so jit it. The first score is minimised, the others are only logged; the best
             parameters are kept in `state.best`.
         patience: stops after this many validations in a row without a better score; None never does.
+        mesh: the devices that share each batch, cut as `scjax.mesh.split` says; None uses the default device. The
+            result is that of one device up to rounding. With several processes (`scjax.hosts.start`) all of them call
+            this with the same arguments, and `batches` makes the whole batch on each.
+        shard_above: parameters, averages and optimiser states of so many entries or more are spread over the devices of
+            the mesh, one part each (`scjax.mesh.shardings`); None keeps all of them on every device. An array that
+            cannot be cut stays whole, which is logged as a warning.
 
     Returns:
-        The state after the last step. Where it stopped early `step` is less than `n_steps`.
+        The state after the last step, laid out as in training. Where it stopped early `step` is less than `n_steps`.
 
     Raises:
-        ValueError: arguments that do not fit each other, batches of different shapes, a `state` of other parameters.
+        ValueError: arguments that do not fit each other, batches of different shapes or not divisible by the devices, a
+            `state` of other parameters.
+        scjax.hosts.PeerError: another process of the run failed.
         NonFiniteError: a loss, term, gradient or validation score is NaN or infinite.
         Interrupted: SIGTERM, where this runs in the main thread. A second SIGTERM acts at once.
     """
+    meshes.check_shared(mesh, shard_above)
+    if shard_above is not None:
+        loss_fn = _of_whole_parameters(loss_fn, mesh)
+        validate = validate and _scores_of_whole_parameters(validate, mesh)
     update = make_scanned_update(loss_fn, tx, ema_decay, ema_every=ema_every, ema_start=ema_start)
     check_counts(scan_steps, n_steps, log_every, checkpoint_every, validate, validate_every, patience)
     fresh = init_state(params, tx, key, ema=ema_decay is not None, best=validate is not None)
@@ -128,6 +149,8 @@ def fit(
         check_same_form(state, fresh)
         state = own_copy(state)
     del fresh
+    if mesh is not None:
+        state = _laid_out(state, mesh, shard_above)
     start = int(state.step)
     if start > n_steps:
         raise ValueError(f"n_steps must be at least the {start} steps that state has done already; got {n_steps}.")
@@ -135,25 +158,33 @@ def fit(
     if start == n_steps or patient.is_out(state):
         return state
 
+    hooks = _of_this_process(hooks)
     with ExitStack() as stack:
-        for hook in hooks:
-            stack.callback(hook.on_end)
-            hook.on_start(start, n_steps)
-        terminated = stack.enter_context(sigterm())
+
+        def begin() -> None:
+            for hook in hooks:
+                stack.callback(hook.on_end)
+                hook.on_start(start, n_steps)
+
+        hosts.together(begin, "The start of a hook")
+        terminated = _Agreed(stack.enter_context(sigterm()))
         chunks = chunks_of(stream or in_order, batches, start, n_steps, scan_steps)
         stack.callback(chunks.close)
-        run = Runner(update, scan_steps, hooks)
+        run = Runner(update, scan_steps, hooks, mesh)
         log = _Log(hooks, log_every, n_steps)
         last_saved = start
 
         def save(state: TrainState) -> None:
             nonlocal last_saved
             if int(state.step) > last_saved:
-                for hook in hooks:
-                    hook.on_checkpoint(state)
+                hosts.together(lambda: [hook.on_checkpoint(state) for hook in hooks], "A checkpoint")
                 last_saved = int(state.step)
 
+        def flush(state: TrainState, n_pending: int) -> None:
+            hosts.together(lambda: log.flush(state, n_pending), "A log")
+
         for first, stop, chunk in chunks:
+            terminated.ask()
             if terminated():
                 break
             state, metrics = run(state, chunk, first, stop)
@@ -161,14 +192,14 @@ def fit(
             validating = validate is not None and (stop % validate_every == 0 or stop == n_steps)
             saving = checkpoint_every is not None and stop % checkpoint_every == 0
             # Reading the metrics waits for the device. One call behind, it waits for a call that is done.
-            log.flush(state, n_pending=0 if validating or saving or terminated() or stop == n_steps else 1)
+            flush(state, n_pending=0 if validating or saving or terminated() or stop == n_steps else 1)
             if validating:
-                state = validated(state, validate, hooks)
+                state = hosts.together(partial(validated, state, validate, hooks), "A validation")
             if saving:
                 save(state)
             if terminated() or (validating and patient.is_out(state)):
                 break
-        log.flush(state, n_pending=0)
+        flush(state, n_pending=0)
         save(state)
         if terminated():
             raise Interrupted(int(state.step), newest_saved(hooks))
@@ -194,24 +225,33 @@ def _stacked(*leaves: Any) -> Any:
 class Runner:
     """Compiles for the first chunk that comes, tells the hooks how long it took, and runs every chunk with that."""
 
-    def __init__(self, update: Any, scan_steps: int, hooks: Sequence[Hook]):
-        self.update, self.scan_steps, self.hooks = update, scan_steps, hooks
+    def __init__(self, update: Any, scan_steps: int, hooks: Sequence[Hook], mesh: Mesh | None = None):
+        self.update, self.scan_steps, self.hooks, self.mesh = update, scan_steps, hooks, mesh
         self.compiled = None
 
     def __call__(self, state: TrainState, chunk: Any, first: int, stop: int, *more: Any) -> tuple[TrainState, Any]:
         n = stop - first
         chunk = jax.tree.map(lambda leaf: _padded(leaf, n, self.scan_steps), chunk)
         inner = state._replace(best=None)  # no business of the update
+        if self.compiled is not None:
+            _check_same_batch(self.example, chunk, first)
+        if self.mesh is not None:
+            chunk = meshes.place(chunk, self.mesh)
         args = (inner, chunk, jnp.int32(first), jnp.int32(n), *more)
         if self.compiled is None:
             began = time.perf_counter()
-            self.compiled = jax.jit(self.update, donate_argnums=0).lower(*args).compile()
+            self.compiled = self._jitted(inner).lower(*args).compile()
             self.example = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), chunk)
             for hook in self.hooks:
                 hook.on_compiled(time.perf_counter() - began)
-        _check_same_batch(self.example, chunk, first)
         inner, metrics = self.compiled(*args)
         return inner._replace(best=state.best), metrics
+
+    def _jitted(self, state: TrainState) -> Any:
+        if self.mesh is None:
+            return jax.jit(self.update, donate_argnums=0)
+        stays = jax.tree.map(lambda leaf: leaf.sharding, state)
+        return jax.jit(self.update, donate_argnums=0, out_shardings=(stays, NamedSharding(self.mesh, PartitionSpec())))
 
 
 def _padded(leaf: Any, n: int, length: int) -> Any:
@@ -235,7 +275,7 @@ def chunks_of(
         chunks = iter(stream(batches, a, b, chunk=size))
         try:
             for first in range(a, b, size):
-                chunk = next(chunks, None)
+                chunk = hosts.together(partial(next, chunks, None), "A batch")
                 if chunk is None:
                     raise ValueError(f"stream ended before step {first}; it must yield the batches up to step {b - 1}.")
                 yield first, min(first + size, b), chunk
@@ -336,6 +376,62 @@ def sigterm() -> Iterator[Callable[[], bool]]:
         yield came.is_set
     finally:
         signal.signal(signal.SIGTERM, restored)
+
+
+class _Agreed:
+    """Whether SIGTERM has come. Several processes ask each other once before each call, so that all stop at one."""
+
+    def __init__(self, came: Callable[[], bool]):
+        self.came, self.agreed = came, False
+
+    def ask(self) -> None:
+        self.agreed = hosts.anyone(self.came())
+
+    def __call__(self) -> bool:
+        return self.came() if jax.process_count() == 1 else self.agreed
+
+
+# -- several devices, several processes
+
+
+def _laid_out(state: TrainState, mesh: Mesh, shard_above: int | None) -> TrainState:
+    where, whole = meshes.shardings(state, mesh, shard_above)
+    if whole and hosts.is_first():
+        _log_of_module.warning(
+            "shard_above=%d: %d arrays have no axis that is a multiple of the %d devices; each device holds them "
+            "whole, the first of them %s",
+            shard_above,
+            len(whole),
+            mesh.size,
+            ", ".join(whole[:3]),
+        )
+    return jax.tree.map(meshes.put, state, where)
+
+
+def _of_whole_parameters(loss_fn: LossFn, mesh: Mesh) -> LossFn:
+    """The loss with its parameters brought together on every device for the time of a step.
+
+    Without this XLA would cut the activations as the parameters happen to be cut, against the batch's own cut.
+    """
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def loss(params: Params, batch: Batch, key: PRNGKeyArray) -> tuple[Any, Any]:
+        return loss_fn(jax.lax.with_sharding_constraint(params, everywhere), batch, key)
+
+    return loss
+
+
+def _scores_of_whole_parameters(validate: Validate, mesh: Mesh) -> Validate:
+    """Every process may then look at all of them, also on the host."""
+    return lambda params: validate(jax.device_put(params, NamedSharding(mesh, PartitionSpec())))
+
+
+def _of_this_process(hooks: Sequence[Hook]) -> list[Hook]:
+    if jax.process_count() == 1:
+        return list(hooks)
+    # Those of all processes come first: what they do together is not to wait for a hook that failed on the first.
+    mine = [hook for hook in hooks if hosts.is_first() or hook.every_process]
+    return sorted(mine, key=lambda hook: not hook.every_process)
 
 
 # -- guards

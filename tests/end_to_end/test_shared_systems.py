@@ -1,0 +1,122 @@
+"""The three systems on several devices and processes are what they are on one, and so are runs resumed there."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import anndata
+import jax
+import numpy as np
+import pytest
+import tiny_series
+
+from scjax.checkpoint import list_steps
+from scjax.cli import main
+from scjax.config import to_json
+from scjax.experiment import train
+from scjax.mesh import make_mesh
+
+ROOT = Path(__file__).parents[2]
+PATIENCE = 1200  # seconds; compiling is slow where cores are few
+SYSTEMS = ("scimf", "scdfm", "perturbdiff")
+
+
+def start(n_devices, *args):
+    flags = f"--xla_force_host_platform_device_count={n_devices}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    return subprocess.Popen(
+        [sys.executable, *args], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(*programs):
+    try:
+        told = [program.communicate(timeout=PATIENCE)[0] for program in programs]
+    finally:
+        for program in programs:
+            program.kill()
+    assert [program.returncode for program in programs] == [0] * len(programs), "\n".join(told)
+    return told
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return str(free.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("systems")
+    program, port = str(Path(__file__).with_name("shared_systems.py")), free_port()
+    finish(start(8, program, "devices", str(folder)))
+    finish(*(start(2, program, "processes", str(folder), port, str(number)) for number in range(2)))
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SYSTEMS)
+@pytest.mark.parametrize("case", ["replicated", "spread", "processes", "resumed"])
+def test_a_system_is_what_it_is_on_one_device(folder, name, case):
+    """Populations and their losses whole, wherever the cells lie: MMD, Sinkhorn, energy distance."""
+    with np.load(folder / f"{name}-one.npz") as one, np.load(folder / f"{name}-{case}.npz") as other:
+        for key in one.files:
+            if not key.endswith("part"):
+                np.testing.assert_allclose(other[key], one[key], rtol=1e-4, atol=1e-5)
+        wanted = {"replicated": 1.0, "spread": 1 / 8}.get(case, 1 / 4)
+        assert other["smallest_part"] == wanted
+    assert list_steps(folder / f"{name}-{case}" / "checkpoints") == (5, 10)
+
+
+@pytest.mark.slow
+def test_the_command_on_two_processes_goes_on_on_one_device(tmp_path):
+    """The first process alone prints and writes."""
+    experiment = tiny_series.EXPERIMENT
+    (tmp_path / "tiny.json").write_text(to_json(experiment))
+    tiny_series.make_adata().write_h5ad(tmp_path / "cells.h5ad")
+    out = tmp_path / "run"
+    command = ["-m", "scjax", "train", "--config", str(tmp_path / "tiny.json"), "--data", str(tmp_path / "cells.h5ad")]
+    command += ["--out", str(out), "--set", "sampling.n_cells=8", "--n-steps", "10"]
+    command += ["--coordinator", f"localhost:{free_port()}", "--n-processes", "2", "--process-id"]
+    first, second = finish(start(2, *command, "0"), start(2, *command, "1"))
+    assert "trained on 4 devices of 2 processes (cpu): 4 batch x 1 cells" in first
+    assert "10 steps; the run is in" in first
+    assert not [line for line in second.splitlines() if "Gloo" not in line and "spmd" not in line]
+    main(["train", "--resume", "--data", str(tmp_path / "cells.h5ad"), "--out", str(out), "--step", "10"])
+    main(["predict", "--run", str(out), "--data", str(tmp_path / "cells.h5ad"), "--times", "2"]
+         + ["--out", str(tmp_path / "predicted.h5ad")])  # fmt: skip
+    assert np.isfinite(anndata.read_h5ad(tmp_path / "predicted.h5ad").X).all()
+
+
+def test_a_mesh_of_one_device_changes_no_bit(tiny_run, tmp_path):
+    done = train(
+        tiny_series.EXPERIMENT, tiny_series.make_adata(), tmp_path / "run", mesh=make_mesh(1), shard_above=1, keep=1
+    )
+    for one, other in zip(jax.tree.leaves(tiny_run.state.params), jax.tree.leaves(done.state.params), strict=True):
+        assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
+    assert list_steps(tmp_path / "run" / "checkpoints") == (20,)
+    assert list_steps(tiny_run.workdir / "checkpoints") == (10, 20)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--devices", "10000"], "n_devices must be at most the"),
+        (["--shard-above", "100"], "shard_above=100 needs a mesh"),
+        (["--devices", "1", "--shard-above", "0"], "shard_above must be at least 1"),
+        (["--keep", "0"], "keep must be at least 1"),
+        (["--process-id", "0"], "several processes need all of coordinator, n_processes, process_id"),
+        (["--coordinator", "here", "--n-processes", "2", "--process-id", "0"], "coordinator must be HOST:PORT"),
+    ],
+)
+def test_options_that_do_not_fit_leave_no_folder(options, message, tmp_path, capsys):
+    (tmp_path / "tiny.json").write_text(to_json(tiny_series.EXPERIMENT))
+    tiny_series.make_adata().write_h5ad(tmp_path / "cells.h5ad")
+    command = ["train", "--config", str(tmp_path / "tiny.json"), "--data", str(tmp_path / "cells.h5ad")]
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--out", str(tmp_path / "run"), *options])
+    assert ended.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "run").exists()
