@@ -48,10 +48,10 @@ def test_the_space_does_not_see_the_held_out_time(script, tmp_path, monkeypatch)
 def test_a_question_from_training_to_summary(script):
     """Two steps of training: every row at equal cell numbers, the ratio that of its table, none of the cells lost."""
     world = GaussianShift(velocity=(2.0, 0.0, 0.0, 0.0)).simulate(TIMES, seed=0, n_cells=30)
-    table, unit = script.scores("klein", world, 1.0, range(2), 2)
+    table, unit = script.scores("klein", world, 1.0, 2, 2)
     train = world.x[world.time != 1.0]
     assert unit == pytest.approx(np.sqrt(train.var(axis=0).mean()))
-    assert [row.kind for row in table.rows] == ["model"] + ["baseline"] * 4 + ["floor"]
+    assert [row.kind for row in table.rows] == ["model"] * 2 + ["baseline"] * 4 + ["floor"]
     row = script.verdict("klein", 1.0, table) | {"unit": unit, "seconds": 1.0}
     assert row["n_cells"] == table.n_cells == 30
     assert {c.n_cells for r in table.rows if r.kind != "floor" for c in r.comparisons} == {30}
@@ -66,12 +66,14 @@ def test_what_is_wanted_is_counted(script):
     """Sets count alike in the mean; small sets (three times) and the world do not count."""
     ratios = {"klein": (0.8, 1.2), "guo": (0.9, 0.9, 0.9, 0.9), "mef": (3.0,), "world": (5.0,)}
     rows = [
-        {"set": name, "held_out": float(i), "ratio": r, "excess": 0.25}
+        {"set": name, "held_out": float(i), "ratio": r, "ratio_together": r / 2, "excess": 0.25}
         for name, of_set in ratios.items()
         for i, r in zip(itertools.count(1), of_set, strict=False)
     ]
     told = script.summary(rows)
     assert "mean over sets 0.950" in told
     assert "over times 0.933; at most 1 on 5 of 6 times" in told
+    assert "scIMF, sets with four times or more: mean over sets 0.950" in told
+    assert "together, sets with four times or more: mean over sets 0.475" in told
     assert "mef: W1 / best training-free 3.000" in told
     assert "by 0.25 of the baseline's excess" in told
