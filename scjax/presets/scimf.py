@@ -24,8 +24,8 @@ six seeds; mean over sets of the same ratio, and the times at which it is at mos
     average, from the cells of the time before            0.972   10 of 16   0.85 instead of 0.66
 
 These rows hardly differ by more than seeds do. If each set takes the row that is best on the mean of the other four,
-the ratio is 0.959, at most 1 at 10 of 16. Without debiasing the population is narrower than the observed one: W1 between
-few cells in many dimensions favours that, so read energy distance and variance ratio beside it.
+the ratio is 0.959, at most 1 at 10 of 16. Without debiasing the population is narrower than the observed one: W1
+between few cells in many dimensions favours that, so read energy distance and variance ratio beside it.
 """
 
 from dataclasses import replace
