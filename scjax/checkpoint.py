@@ -15,12 +15,17 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import os
 import platform
+import re
+import shutil
+import socket
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,9 +35,11 @@ import numpy as np
 
 from scjax.check import at_least, suggestion
 
-__all__ = ["Checkpoint", "CheckpointWriter", "list_steps", "provenance", "read", "read_about"]
+__all__ = ["Checkpoint", "CheckpointWriter", "list_steps", "provenance", "read", "read_about", "sole_writer"]
 
 _FORMAT = 1
+_LOCK = ".lock"  # in a directory that somebody writes into
+_REMOVED = "removed-"  # what an older checkpoint is called while it is deleted
 _LIBRARIES = ("scjax", "jax", "jaxlib", "flax", "optax", "diffrax", "ott-jax", "orbax-checkpoint", "numpy")
 
 
@@ -51,12 +58,12 @@ class CheckpointWriter:
     already holds checkpoints is refused, unless `resume_from` names one of its steps and the run is the same. Steps
     after `resume_from` are then set aside (renamed to `superseded-<step>-<n>`), since the run will come by them again.
 
-    A checkpoint is complete or invisible: it is written under another name, and renamed once it is whole. A process
-    killed while writing leaves the earlier checkpoints untouched.
+    A checkpoint is complete or invisible: it is written under another name, and renamed once it is whole; an older one
+    is renamed before it is deleted. A process killed while writing leaves the earlier checkpoints untouched.
 
     Raises:
         ValueError: `about` is no JSON object or has no "run"; the directory belongs to another run, or to this one and
-            `resume_from` is missing; `resume_from` is not one of its steps.
+            `resume_from` is missing; `resume_from` is not one of its steps; another writer has it open (`sole_writer`).
     """
 
     def __init__(
@@ -65,17 +72,20 @@ class CheckpointWriter:
         at_least("keep", keep, 1)
         self.directory = Path(directory).resolve()
         self.about = _plain_json(about)
-        _admit(self.directory, self.about["run"], resume_from)
+        self.keep = keep
+        _check_folder(self.directory)
 
         import orbax.checkpoint as ocp
 
-        self.directory.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
+            stack.enter_context(sole_writer(self.directory))
+            _admit(self.directory, self.about["run"], resume_from)
+            for half in self.directory.glob(f"{_REMOVED}*"):  # by a process that was killed while deleting
+                shutil.rmtree(half)
             stack.enter_context(_quiet_orbax())  # until the writer is closed: orbax talks from its threads
             self._manager = ocp.CheckpointManager(
                 self.directory,
                 options=ocp.CheckpointManagerOptions(
-                    max_to_keep=keep,
                     create=False,
                     enable_async_checkpointing=True,
                     cleanup_tmp_directories=True,  # left by a process that was killed while writing
@@ -93,6 +103,7 @@ class CheckpointWriter:
 
         Raises:
             ValueError: the step exists already; a leaf is no array; a name in the tree cannot be stored.
+            OSError: a checkpoint could not be written; the newest complete one is named.
         """
         import orbax.checkpoint as ocp
 
@@ -104,27 +115,31 @@ class CheckpointWriter:
         leaves, manifest = _pack(arrays)
         manifest["digest"] = _seal(manifest, self.about)
         stored = {path: leaf for path, leaf in leaves.items() if leaf.size}  # orbax refuses arrays without entries
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                arrays=ocp.args.StandardSave(_nest(stored)),
-                manifest=ocp.args.JsonSave(manifest),
-                about=ocp.args.JsonSave(self.about),
-            ),
-            force=True,
-        )
+        with self._writing():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    arrays=ocp.args.StandardSave(_nest(stored)),
+                    manifest=ocp.args.JsonSave(manifest),
+                    about=ocp.args.JsonSave(self.about),
+                ),
+                force=True,
+            )
+            self._remove_old()
         self.last_step = step
 
     def wait(self) -> None:
         """Blocks until every checkpoint handed to `save` is on the disk; raises what went wrong in writing it."""
-        self._manager.wait_until_finished()
+        with self._writing():
+            self._manager.wait_until_finished()
+            self._remove_old()
 
     def close(self) -> None:
         """Waits, and frees the threads. Closing twice does nothing."""
         if self._open:
             self._open = False
             with self._stack:
-                self._manager.wait_until_finished()
+                self.wait()
 
     def __enter__(self) -> "CheckpointWriter":
         return self
@@ -132,13 +147,92 @@ class CheckpointWriter:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as err:  # whatever orbax and tensorstore say about a full disk, a lost folder
+            steps = list_steps(self.directory)
+            self.last_step = steps[-1] if steps else None
+            left = f"The newest complete one is step {steps[-1]}." if steps else "No complete one is there."
+            raise OSError(f"a checkpoint could not be written into {self.directory}: {_reason(err)}. {left}") from err
+
+    def _remove_old(self) -> None:
+        """All but the last `keep` that are complete. A name that counts as a checkpoint is never half deleted."""
+        for step in list_steps(self.directory)[: -self.keep]:
+            aside = self.directory / f"{_REMOVED}{step}"
+            (self.directory / str(step)).rename(aside)
+            shutil.rmtree(aside)
+
+
+@contextmanager
+def sole_writer(directory: str | Path) -> Iterator[None]:
+    """Nobody else writes into `directory`, which is made if need be, until this ends.
+
+    A lock on the file `.lock` in it, which is gone afterwards. The system frees the lock when the process ends, also
+    when it is killed: what is left of the file then locks nobody out. Between machines that share a folder it holds
+    where the file system locks for all of them: NFS 4 does, NFS mounted with `nolock` or Lustre with `localflock` do
+    not. A file system without locks gets a warning, and Windows has none of this kind. Of the processes of one
+    distributed run the first locks.
+
+    Raises:
+        ValueError: somebody else does; the message says who.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    file = _locked(directory) if jax.process_index() == 0 else None
+    try:
+        yield
+    finally:
+        if file is not None:
+            (directory / _LOCK).unlink(missing_ok=True)
+            os.close(file)
+
+
+def _locked(directory: Path) -> int | None:
+    """The descriptor that holds the lock; None where there are no locks."""
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    while True:
+        file = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            who = os.read(file, 200).decode(errors="replace")
+            os.close(file)
+            raise ValueError(
+                f"{directory} is being written into by {who or 'another process'}. Wait for its end, or choose "
+                "another folder."
+            ) from None
+        except OSError as err:
+            os.close(file)
+            (directory / _LOCK).unlink(missing_ok=True)
+            warnings.warn(
+                f"{directory} lies on a file system without locks ({err}): see to it that only one run writes there.",
+                stacklevel=4,
+            )
+            return None
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file), os.stat(directory / _LOCK)):
+                os.ftruncate(file, 0)
+                os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode())
+                return file
+        os.close(file)  # it was the file of another, who has deleted it in between
+
 
 def list_steps(directory: str | Path) -> tuple[int, ...]:
     """Steps of the complete checkpoints, in increasing order; none where there is no such directory."""
     directory = Path(directory)
     if not directory.is_dir():
         return ()
-    return tuple(sorted(int(p.name) for p in directory.iterdir() if p.name.isdecimal() and p.is_dir()))
+    return tuple(sorted(int(p.name) for p in directory.iterdir() if _is_number(p.name) and p.is_dir()))
+
+
+def _is_number(name: str) -> bool:
+    """As `save` writes it: 7, not 007, nor a digit of another script."""
+    return name.isdecimal() and name == str(int(name))
 
 
 def read(directory: str | Path, step: int | None = None, *, like: Mapping[str, Any] | None = None) -> Checkpoint:
@@ -224,9 +318,12 @@ def _plain_json(about: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def _admit(directory: Path, run: str, resume_from: int | None) -> None:
+def _check_folder(directory: Path) -> None:
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"directory must be a folder for checkpoints; {directory} is a file.")
+
+
+def _admit(directory: Path, run: str, resume_from: int | None) -> None:
     steps = list_steps(directory)
     if resume_from is not None and resume_from not in steps:
         listed = ", ".join(map(str, steps)) or "no checkpoint"
@@ -390,10 +487,18 @@ def _restored(path: Path, wanted: Any, problem: str) -> Any:
         with _quiet_orbax(), _deaf_to_late_reads(), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             return checkpointer.restore(path.resolve(), args=wanted)
     except Exception as err:  # whatever orbax, tensorstore or json say about a broken file
-        first_line = next(iter(str(err).splitlines()), "")
-        raise _DamagedError(
-            f"the checkpoint {path} is damaged: {problem} ({type(err).__name__}: {first_line[:200]})."
-        ) from err
+        raise _DamagedError(f"the checkpoint {path} is damaged: {problem} ({_first_line(err)}).") from err
+
+
+def _first_line(err: Exception) -> str:
+    return f"{type(err).__name__}: {next(iter(str(err).splitlines()), '')[:200]}"
+
+
+def _reason(err: Exception) -> str:
+    """What the system said, where it said something: tensorstore puts its number at the end of a long line."""
+    found = re.search(r"os_error_code='(\d+)'", str(err))
+    number = err.errno if isinstance(err, OSError) else int(found[1]) if found else None
+    return _first_line(err) if number is None else os.strerror(number)
 
 
 def _at(tree: Any, path: Sequence[str]) -> np.ndarray:
@@ -459,12 +564,12 @@ def _as_leaf(leaf: Any, path: Sequence[str], value: np.ndarray, note: Mapping[st
 
 class _NotOrbax(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
-        return record.levelno >= logging.ERROR or "orbax" not in record.pathname
+        return record.levelno > logging.ERROR or "orbax" not in record.pathname
 
 
 @contextmanager
 def _quiet_orbax() -> Iterator[None]:
-    """Drops what orbax tells the absl log below an error; other users of that log, and its level, are left alone."""
+    """Drops what orbax tells the absl log, errors too: they are raised. Other users of that log are left alone."""
     log, chatter = logging.getLogger("absl"), _NotOrbax()
     log.addFilter(chatter)
     try:
