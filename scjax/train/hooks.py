@@ -129,21 +129,26 @@ class JsonlLogger(Hook):
     A resumed run continues the file: lines after its first step, and a line cut short by a kill, are dropped, so that
     no step appears twice.
 
+    Args:
+        resumed: the file is of this run, even if it begins with its first step.
+
     Raises:
         ValueError: at the start of a fresh run, where the file holds lines of another.
+        OSError: a line could not be written; the file is named.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, *, resumed: bool = False):
         self.path = Path(path)
+        self.resumed = resumed
         self._file = None
 
     def on_start(self, step: int, n_steps: int) -> None:
         if self.path.exists():
-            if step == 0 and self.path.stat().st_size:
+            if step == 0 and not self.resumed and self.path.stat().st_size:
                 raise ValueError(f"{self.path} holds the log of another run; choose another path, or resume that run.")
             self._keep_up_to(step)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = self.path.open("ab", buffering=0)  # what cannot be written must not come again when it is closed
         self._started = time.perf_counter()
 
     def on_compiled(self, seconds: float) -> None:
@@ -151,8 +156,12 @@ class JsonlLogger(Hook):
 
     def on_log(self, step: int, metrics: Mapping[str, float]) -> None:
         seconds = round(time.perf_counter() - self._started, 3)
-        self._file.write(json.dumps({"step": step, "seconds": seconds, **metrics}) + "\n")
-        self._file.flush()
+        line = (json.dumps({"step": step, "seconds": seconds, **metrics}) + "\n").encode()
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError as err:
+            raise OSError(err.errno, err.strerror, str(self.path)) from err
 
     def on_end(self) -> None:
         if self._file is not None:
