@@ -8,6 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+
 from scjax.checkpoint import CheckpointWriter
 
 from .state import TrainState
@@ -185,6 +188,10 @@ class SaveCheckpoints(Hook):
     """Hands the state to a `CheckpointWriter` under "state", with `extra` arrays beside it (a fitted transform, say).
 
     The hook waits for the last write at the end of the run; opening and closing the writer is the caller's.
+
+    Raises:
+        ArithmeticError: parameters that are not finite are not saved. The loop looks at loss and gradient, and would
+            meet them in the next step.
     """
 
     def __init__(self, writer: CheckpointWriter, extra: Mapping[str, Any] | None = None):
@@ -195,6 +202,12 @@ class SaveCheckpoints(Hook):
         self.extra = extra
 
     def on_checkpoint(self, state: TrainState) -> None:
+        if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves((state.params, state.ema))):
+            where = f"step {self.saved.step} in {self.saved.directory}" if self.saved else "none was written"
+            raise ArithmeticError(
+                f"the parameters after step {int(state.step)} are not finite, as its update was too large. The last "
+                f"good checkpoint: {where}. A lower learning rate or clip_norm is the usual mend."
+            )
         self.writer.save(int(state.step), {"state": state, **self.extra})
 
     def on_end(self) -> None:

@@ -1,60 +1,19 @@
 """kill -9, whenever it comes: what is on the disk is whole, and the run goes on as if nothing had been."""
 
-import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-import jax
-import numpy as np
 import pytest
 import victim
+from victim import bits, ended, log, process
 
 from scjax.checkpoint import list_steps, read
 from scjax.cli import main
 from scjax.experiment import read_experiment
 
-ROOT = Path(__file__).parents[2]
 FILES = ["checkpoints", "experiment.json", "metrics.jsonl", "split.json"]  # of a run, and nothing besides
-
-
-def process(*args: object) -> subprocess.Popen:
-    """The victim as a program."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, str(Path(__file__).with_name("victim.py")), *map(str, args)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def ended(running: subprocess.Popen) -> tuple[int, str]:
-    """Status and stderr; a process that hangs is a failure."""
-    try:
-        _, told = running.communicate(timeout=180)
-    finally:
-        running.kill()
-    return running.returncode, told
-
-
-def bits(folder: Path) -> list[bytes]:
-    """Of all arrays of the newest checkpoint."""
-    leaves = jax.tree.leaves(read(folder / "checkpoints").arrays)
-    raw = (jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x for x in leaves)
-    return [np.asarray(leaf).tobytes() for leaf in raw]
-
-
-def log(folder: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{**line, "seconds": 0} for line in lines]
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    victim.run(folder)
-    return folder
 
 
 def killed(folder: Path, chance: random.Random) -> bool:

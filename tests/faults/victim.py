@@ -1,12 +1,14 @@
 """A run of a small regression in a real run folder, to be killed; run as a program, one process of its life.
 
-python victim.py FOLDER [--resume] [--steps N] [--every N] [--file-size BYTES] [--die-at EVENT] [--slow SECONDS]
+python victim.py FOLDER [--resume] [--every N] [--die-at EVENT] [--stall-at STEP] [--file-size BYTES --full-at STEP]
 """
 
 import argparse
+import json
 import os
 import resource
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -17,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from scjax.checkpoint import read
 from scjax.data.leaks import Findings
 from scjax.data.preprocess import Preprocess
 from scjax.data.sampling import TimeSeriesSampling
@@ -29,6 +32,7 @@ from scjax.train.hooks import Hook
 from scjax.train.optimizers import OptimizerConfig
 from scjax.types import Model
 
+ROOT = Path(__file__).parents[2]
 N_STEPS = 24
 EXPERIMENT = TimeSeriesExperiment(
     model=Config(n_dims=3, n_heads=1),
@@ -54,7 +58,7 @@ def loss(params, batch, key):
 
 
 def init(key):
-    return {"w": jax.random.normal(key, (3, 3)), "unused": jnp.zeros((64, 64))}
+    return {"w": jax.random.normal(key, (3, 3)), "unused": jax.random.normal(key, (64, 64))}  # 16 KiB on the disk
 
 
 def batch_at(n: int) -> dict[str, np.ndarray]:
@@ -90,6 +94,34 @@ def run(folder: Path, *, resume: bool = False, batches=batch_at, hooks=(), **set
     return train_task(experiment, adata, folder, DIGEST, prepare(batches), resume=resume, step=None, hooks=hooks)
 
 
+def process(*args: object) -> subprocess.Popen:
+    """A run of this file as a program."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, __file__, *map(str, args)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def ended(running: subprocess.Popen) -> tuple[int, str]:
+    """Status and stderr; a process that hangs is a failure."""
+    try:
+        _, told = running.communicate(timeout=180)
+    finally:
+        running.kill()
+    return running.returncode, told
+
+
+def bits(folder: Path) -> list[bytes]:
+    """Of all arrays of the newest checkpoint."""
+    leaves = jax.tree.leaves(read(folder / "checkpoints").arrays)
+    raw = (jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x for x in leaves)
+    return [np.asarray(leaf).tobytes() for leaf in raw]
+
+
+def log(folder: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{**line, "seconds": 0} for line in lines]
+
+
 class Begun(Hook):
     """Tells the killer that the first step is about to run."""
 
@@ -123,29 +155,29 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--steps", type=int, default=N_STEPS)
     parser.add_argument("--every", type=int, default=1)
-    parser.add_argument("--file-size", type=int)
     parser.add_argument("--die-at", type=int)
-    parser.add_argument("--slow", type=float, default=0.0)
+    parser.add_argument("--stall-at", type=int)
+    parser.add_argument("--file-size", type=int, default=resource.RLIM_INFINITY)
+    parser.add_argument("--full-at", type=int)
     args = parser.parse_args()
 
+    def limit() -> None:
+        """No file may grow beyond this: for whoever writes, as if the disk were full."""
+        resource.setrlimit(resource.RLIMIT_FSIZE, (args.file_size, resource.RLIM_INFINITY))
+
     def batches(n: int) -> dict[str, np.ndarray]:
-        time.sleep(args.slow)
+        if n == args.full_at:
+            limit()
+        if n == args.stall_at:
+            time.sleep(600)
         return batch_at(n)
 
-    if args.file_size is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (args.file_size, resource.RLIM_INFINITY))
+    if args.full_at is None:
+        limit()
     if args.die_at is not None:
         die_at(args.die_at, args.folder)
-    run(
-        args.folder,
-        resume=args.resume,
-        batches=batches,
-        hooks=[Begun()],
-        n_steps=args.steps,
-        checkpoint_every=args.every,
-    )
+    run(args.folder, resume=args.resume, batches=batches, hooks=[Begun()], checkpoint_every=args.every)
 
 
 if __name__ == "__main__":
