@@ -15,6 +15,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import math
 import os
 import platform
 import re
@@ -38,6 +39,8 @@ from scjax.check import at_least, suggestion
 __all__ = ["Checkpoint", "CheckpointWriter", "list_steps", "provenance", "read", "read_about", "sole_writer"]
 
 _FORMAT = 1
+_DEEPEST = 100  # words in the path of a leaf
+_KEYS = ("threefry2x32", "rbg", "unsafe_rbg", "fry", "urbg")  # kinds of random keys, as jax.random.key_impl tells them
 _LOCK = ".lock"  # in a directory that somebody writes into
 _REMOVED = "removed-"  # what an older checkpoint is called while it is deleted
 _LIBRARIES = ("scjax", "jax", "jaxlib", "flax", "optax", "diffrax", "ott-jax", "orbax-checkpoint", "numpy")
@@ -459,9 +462,38 @@ def _documents(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         or manifest.get("digest") != _seal(manifest, about)
     ):
         raise _DamagedError(f"the checkpoint {path} is damaged: its documents do not match their digest.")
-    if manifest["format"] != _FORMAT:
-        raise ValueError(f"{path} has format {manifest['format']}; this version reads {_FORMAT}: update scjax.")
+    if manifest.get("format") != _FORMAT:
+        raise ValueError(
+            f"{path} has format {manifest.get('format')!r:.60}; this version reads {_FORMAT}: update scjax."
+        )
+    problem = _nonsense(manifest.get("leaves"))
+    if problem:
+        raise _DamagedError(f"the checkpoint {path} is damaged: its manifest makes no sense ({problem}).")
     return manifest["leaves"], about
+
+
+def _nonsense(leaves: Any) -> str:
+    """What is no description of a leaf. The digest tells of accidents; who writes a manifest of his own can seal it."""
+    if not isinstance(leaves, dict) or not leaves:
+        return "leaves is no object with an entry for each array"
+    for name, note in leaves.items():
+        words = name.split("/")
+        if not all(words) or len(words) > _DEEPEST or any(name.startswith(f"{other}/") for other in leaves):
+            return f"{name!r:.60} is no path of a leaf"
+        kinds = {"shape": list, "dtype": str, "digest": str, "jax": bool}
+        if not isinstance(note, dict) or not all(isinstance(note.get(k), kind) for k, kind in kinds.items()):
+            return f"{name!r:.60} lacks one of {', '.join(kinds)}"
+        if not all(type(n) is int and n >= 0 for n in note["shape"]) or math.prod(note["shape"]) > 2**48:
+            return f"{name!r:.60} has the shape {note['shape']!r:.60}"
+        try:
+            is_number = jnp.issubdtype(jnp.dtype(note["dtype"]), jnp.number) or note["dtype"] == "bool"
+        except TypeError:
+            is_number = False
+        if not is_number:
+            return f"{name!r:.60} has the dtype {note['dtype']!r:.60}"
+        if "prng" in note and (note["prng"] not in _KEYS or not note["jax"]):
+            return f"{name!r:.60} is a random key of kind {note['prng']!r:.60}"
+    return ""
 
 
 def _load(path: Path) -> tuple[dict[tuple[str, ...], np.ndarray], dict[tuple[str, ...], Any], dict[str, Any]]:
@@ -521,7 +553,14 @@ def _unpack(path: Sequence[str], value: np.ndarray, note: Mapping[str, Any]) -> 
     if not note["jax"]:
         return value
     array = _on_device("/".join(path), value)
-    return jax.random.wrap_key_data(array, impl=note["prng"]) if "prng" in note else array
+    return _as_key("/".join(path), array, note["prng"]) if "prng" in note else array
+
+
+def _as_key(name: str, data: jax.Array, kind: str) -> jax.Array:
+    try:
+        return jax.random.wrap_key_data(data, impl=kind)
+    except TypeError as err:
+        raise ValueError(f"{name} is no random key of kind {kind!r}: {_first_line(err)}.") from err
 
 
 def _on_device(name: str, value: np.ndarray) -> jax.Array:
@@ -548,7 +587,7 @@ def _as_leaf(leaf: Any, path: Sequence[str], value: np.ndarray, note: Mapping[st
     if _is_key(leaf) != ("prng" in note):
         raise ValueError(f"{at} is {'a' if 'prng' in note else 'no'} random key in {place}; like says otherwise.")
     if _is_key(leaf):
-        key = jax.random.wrap_key_data(_on_device(at, value), impl=note["prng"])
+        key = _as_key(at, _on_device(at, value), note["prng"])
         if key.dtype != leaf.dtype or key.shape != leaf.shape:
             raise ValueError(f"{at} is {key.dtype}{key.shape} in {place}; like has {leaf.dtype}{leaf.shape}.")
         return key

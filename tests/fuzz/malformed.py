@@ -1,6 +1,7 @@
 """Input that is wrong by construction, and what must become of it: a message, soon, and nothing else."""
 
 import json
+import os
 import signal
 import traceback
 from collections.abc import Callable, Iterator
@@ -79,13 +80,13 @@ junk = st.recursive(
 
 
 class Trap:
-    """Pickled, it leaves a file behind when somebody loads it."""
+    """Pickled, it leaves a folder behind when somebody loads it."""
 
     def __init__(self, mark: Path):
         self.mark = mark
 
     def __reduce__(self):
-        return (open, (str(self.mark), "w"))
+        return (os.mkdir, (str(self.mark),))
 
 
 # -- JSON documents
@@ -135,10 +136,12 @@ def of_wrong_type(value: Any) -> st.SearchStrategy:
     return odd_numbers | st.sampled_from([0, True, "", "x", [], [[]]])
 
 
-def malformed_trees(trees: list[dict], required: Callable[[dict, tuple[Any, ...]], bool]) -> st.SearchStrategy:
+def malformed_trees(
+    trees: list[dict], required: Callable[[dict, tuple[Any, ...]], bool], unknown: bool = True
+) -> st.SearchStrategy:
     """JSON objects with one thing wrong: an unknown key, a lost one, a value of a wrong type.
 
-    `required` tells of a path in a tree whether the key must be there.
+    `required` tells of a path in a tree whether the key must be there, `unknown` whether another one is wrong.
     """
 
     @st.composite
@@ -146,7 +149,7 @@ def malformed_trees(trees: list[dict], required: Callable[[dict, tuple[Any, ...]
         tree = draw(st.sampled_from(trees))
         objects = [(), *(at for at in places(tree) if isinstance(get(tree, at), dict))]
         needed = [at for at in places(tree) if required(tree, at)]
-        how = draw(st.sampled_from(["unknown", "type", "type", "type", *(["lost"] if needed else [])]))
+        how = draw(st.sampled_from([*["type"] * 3, *["unknown"] * unknown, *["lost"] * bool(needed)]))
         if how == "unknown":
             at = draw(st.sampled_from(objects))
             return put(tree, (*at, f"{draw(words)}?"), draw(junk))
