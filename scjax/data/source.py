@@ -295,7 +295,7 @@ def _check_container(path: Path) -> None:
 
 
 def _check_codecs(path: Path) -> None:
-    """The library numcodecs unpickles what a store says is pickled, which runs code; no data of anndata's are."""
+    """Refuses a store with pickles in it: numcodecs reads them, which runs code. Newer zarr refuses too."""
     for document in path.rglob("*"):
         if document.name not in (".zarray", ".zmetadata", "zarr.json"):
             continue

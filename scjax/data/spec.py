@@ -128,6 +128,7 @@ class DataSpec:
         if not all(hasattr(adata, part) for part in ("obs", "obs_names", "uns", "var_names")):
             raise ValueError(f"adata must be an AnnData; it is {type(adata).__name__}. Read a file by read_anndata.")
         problems = [
+            *(() if len(adata.obs_names) else ("cells: adata holds none.",)),
             *(_time_problems(self, adata, min_times) if self.time is not None else ()),
             *_role_problems("cell_type", self.cell_type, adata),
             *(_role_problems("batch", self.batch, adata) if every_role else ()),
