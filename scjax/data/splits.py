@@ -494,15 +494,14 @@ def load_split(path: str | Path) -> TimeSplit | PerturbationSplit:
     if isinstance(fields, dict) and "test" in fields:
         split = _from_record(from_json(_Record, path))
         everything = (*split.train, *split.validation, *split.test)
-        controls = [p for p in everything if p.is_control]
     else:
-        split, controls = from_json(TimeSplit, path), []
+        split = from_json(TimeSplit, path)
         everything = (*split.train, *split.held_out)
     twice = next((one for one, n in Counter(everything).items() if n > 1), None)
     if twice is not None:
         raise ValueError(f"{path}: {twice} occurs more than once; each belongs to one part of a split, once.")
-    if not split.train or (controls and len(controls) == len(everything)):
-        raise ValueError(f"{path}: train must hold something to learn from; got {len(split.train)} entries.")
+    if not split.train:
+        raise ValueError(f"{path}: train must hold something to learn from; it is empty.")
     return split
 
 
