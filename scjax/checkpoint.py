@@ -21,12 +21,18 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import math
+import os
 import platform
+import re
+import shutil
+import socket
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,9 +44,13 @@ from scjax import hosts
 from scjax.check import at_least, suggestion
 from scjax.mesh import put
 
-__all__ = ["Checkpoint", "CheckpointWriter", "list_steps", "provenance", "read", "read_about"]
+__all__ = ["Checkpoint", "CheckpointWriter", "list_steps", "provenance", "read", "read_about", "sole_writer"]
 
 _FORMAT = 1
+_DEEPEST = 100  # words in the path of a leaf
+_KEYS = ("threefry2x32", "rbg", "unsafe_rbg", "fry", "urbg")  # kinds of random keys, as jax.random.key_impl tells them
+_LOCK = ".lock"  # in a directory that somebody writes into
+_REMOVED = "removed-"  # what an older checkpoint is called while it is deleted
 _LIBRARIES = ("scjax", "jax", "jaxlib", "flax", "optax", "diffrax", "ott-jax", "orbax-checkpoint", "numpy")
 
 
@@ -59,12 +69,12 @@ class CheckpointWriter:
     already holds checkpoints is refused, unless `resume_from` names one of its steps and the run is the same. Steps
     after `resume_from` are then set aside (renamed to `superseded-<step>-<n>`), since the run will come by them again.
 
-    A checkpoint is complete or invisible: it is written under another name, and renamed once it is whole. A process
-    killed while writing leaves the earlier checkpoints untouched.
+    A checkpoint is complete or invisible: it is written under another name, and renamed once it is whole; an older one
+    is renamed before it is deleted. A process killed while writing leaves the earlier checkpoints untouched.
 
     Raises:
         ValueError: `about` is no JSON object or has no "run"; the directory belongs to another run, or to this one and
-            `resume_from` is missing; `resume_from` is not one of its steps.
+            `resume_from` is missing; `resume_from` is not one of its steps; another writer has it open (`sole_writer`).
     """
 
     def __init__(
@@ -73,24 +83,27 @@ class CheckpointWriter:
         at_least("keep", keep, 1)
         self.directory = Path(directory).resolve()
         self.about = _plain_json(about)
+        self.keep = keep
         self._stack = ExitStack()
         self._manager: Any = None  # the first process has one
-        hosts.together(lambda: self._begin(keep, resume_from) if hosts.is_first() else None, "Opening checkpoints")
+        hosts.together(lambda: self._begin(resume_from) if hosts.is_first() else None, "Opening checkpoints")
         self.last_step = resume_from  # the newest step that this run can be taken up from
         self._open = True
 
-    def _begin(self, keep: int, resume_from: int | None) -> None:
-        _admit(self.directory, self.about["run"], resume_from)
+    def _begin(self, resume_from: int | None) -> None:
+        _check_folder(self.directory)
 
         import orbax.checkpoint as ocp
 
-        self.directory.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
+            stack.enter_context(sole_writer(self.directory))
+            _admit(self.directory, self.about["run"], resume_from)
+            for half in self.directory.glob(f"{_REMOVED}*"):  # by a process that was killed while deleting
+                shutil.rmtree(half)
             stack.enter_context(_quiet_orbax())  # until the writer is closed: orbax talks from its threads
             self._manager = ocp.CheckpointManager(
                 self.directory,
                 options=ocp.CheckpointManagerOptions(
-                    max_to_keep=keep,
                     create=False,
                     enable_async_checkpointing=True,
                     cleanup_tmp_directories=True,  # left by a process that was killed while writing
@@ -109,6 +122,7 @@ class CheckpointWriter:
 
         Raises:
             ValueError: the step exists already; a leaf is no array; a name in the tree cannot be stored.
+            OSError: a checkpoint could not be written; the newest complete one is named.
         """
         at_least("step", step, 0)
         if not self._open:
@@ -128,15 +142,17 @@ class CheckpointWriter:
         leaves, manifest = packed.leaves, _manifest(packed)
         manifest["digest"] = _seal(manifest, self.about)
         stored = {path: leaf for path, leaf in leaves.items() if leaf.size}  # orbax refuses arrays without entries
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                arrays=ocp.args.StandardSave(_nest(stored)),
-                manifest=ocp.args.JsonSave(manifest),
-                about=ocp.args.JsonSave(self.about),
-            ),
-            force=True,
-        )
+        with self._writing():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    arrays=ocp.args.StandardSave(_nest(stored)),
+                    manifest=ocp.args.JsonSave(manifest),
+                    about=ocp.args.JsonSave(self.about),
+                ),
+                force=True,
+            )
+            self._remove_old()
 
     def wait(self) -> None:
         """Blocks until every checkpoint handed to `save` is on the disk; raises what went wrong in writing it.
@@ -144,7 +160,9 @@ class CheckpointWriter:
         Of several processes the first alone waits, and learns of it.
         """
         if self._manager is not None:
-            self._manager.wait_until_finished()
+            with self._writing():
+                self._manager.wait_until_finished()
+                self._remove_old()
 
     def close(self) -> None:
         """Waits, and frees the threads. Closing twice does nothing."""
@@ -162,13 +180,92 @@ class CheckpointWriter:
         else:
             self.close()
 
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as err:  # whatever orbax and tensorstore say about a full disk, a lost folder
+            steps = list_steps(self.directory)
+            self.last_step = steps[-1] if steps else None
+            left = f"The newest complete one is step {steps[-1]}." if steps else "No complete one is there."
+            raise OSError(f"a checkpoint could not be written into {self.directory}: {_reason(err)}. {left}") from err
+
+    def _remove_old(self) -> None:
+        """All but the last `keep` that are complete. A name that counts as a checkpoint is never half deleted."""
+        for step in list_steps(self.directory)[: -self.keep]:
+            aside = self.directory / f"{_REMOVED}{step}"
+            (self.directory / str(step)).rename(aside)
+            shutil.rmtree(aside)
+
+
+@contextmanager
+def sole_writer(directory: str | Path) -> Iterator[None]:
+    """Nobody else writes into `directory`, which is made if need be, until this ends.
+
+    A lock on the file `.lock` in it, which is gone afterwards. The system frees the lock when the process ends, also
+    when it is killed: what is left of the file then locks nobody out. Between machines that share a folder it holds
+    where the file system locks for all of them: NFS 4 does, NFS mounted with `nolock` or Lustre with `localflock` do
+    not. A file system without locks gets a warning, and Windows has none of this kind. Of the processes of one
+    distributed run the first locks.
+
+    Raises:
+        ValueError: somebody else does; the message says who.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    file = _locked(directory) if jax.process_index() == 0 else None
+    try:
+        yield
+    finally:
+        if file is not None:
+            (directory / _LOCK).unlink(missing_ok=True)
+            os.close(file)
+
+
+def _locked(directory: Path) -> int | None:
+    """The descriptor that holds the lock; None where there are no locks."""
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    while True:
+        file = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            who = os.read(file, 200).decode(errors="replace")
+            os.close(file)
+            raise ValueError(
+                f"{directory} is being written into by {who or 'another process'}. Wait for its end, or choose "
+                "another folder."
+            ) from None
+        except OSError as err:
+            os.close(file)
+            (directory / _LOCK).unlink(missing_ok=True)
+            warnings.warn(
+                f"{directory} lies on a file system without locks ({err}): see to it that only one run writes there.",
+                stacklevel=4,
+            )
+            return None
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file), os.stat(directory / _LOCK)):
+                os.ftruncate(file, 0)
+                os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode())
+                return file
+        os.close(file)  # it was the file of another, who has deleted it in between
+
 
 def list_steps(directory: str | Path) -> tuple[int, ...]:
     """Steps of the complete checkpoints, in increasing order; none where there is no such directory."""
     directory = Path(directory)
     if not directory.is_dir():
         return ()
-    return tuple(sorted(int(p.name) for p in directory.iterdir() if p.name.isdecimal() and p.is_dir()))
+    return tuple(sorted(int(p.name) for p in directory.iterdir() if _is_number(p.name) and p.is_dir()))
+
+
+def _is_number(name: str) -> bool:
+    """As `save` writes it: 7, not 007, nor a digit of another script."""
+    return name.isdecimal() and name == str(int(name))
 
 
 def read(directory: str | Path, step: int | None = None, *, like: Mapping[str, Any] | None = None) -> Checkpoint:
@@ -256,9 +353,12 @@ def _plain_json(about: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def _admit(directory: Path, run: str, resume_from: int | None) -> None:
+def _check_folder(directory: Path) -> None:
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"directory must be a folder for checkpoints; {directory} is a file.")
+
+
+def _admit(directory: Path, run: str, resume_from: int | None) -> None:
     steps = list_steps(directory)
     if resume_from is not None and resume_from not in steps:
         listed = ", ".join(map(str, steps)) or "no checkpoint"
@@ -413,9 +513,38 @@ def _documents(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         or manifest.get("digest") != _seal(manifest, about)
     ):
         raise _DamagedError(f"the checkpoint {path} is damaged: its documents do not match their digest.")
-    if manifest["format"] != _FORMAT:
-        raise ValueError(f"{path} has format {manifest['format']}; this version reads {_FORMAT}: update scjax.")
+    if manifest.get("format") != _FORMAT:
+        raise ValueError(
+            f"{path} has format {manifest.get('format')!r:.60}; this version reads {_FORMAT}: update scjax."
+        )
+    problem = _nonsense(manifest.get("leaves"))
+    if problem:
+        raise _DamagedError(f"the checkpoint {path} is damaged: its manifest makes no sense ({problem}).")
     return manifest["leaves"], about
+
+
+def _nonsense(leaves: Any) -> str:
+    """What is no description of a leaf. The digest tells of accidents; who writes a manifest of his own can seal it."""
+    if not isinstance(leaves, dict) or not leaves:
+        return "leaves is no object with an entry for each array"
+    for name, note in leaves.items():
+        words = name.split("/")
+        if not all(words) or len(words) > _DEEPEST or any(name.startswith(f"{other}/") for other in leaves):
+            return f"{name!r:.60} is no path of a leaf"
+        kinds = {"shape": list, "dtype": str, "digest": str, "jax": bool}
+        if not isinstance(note, dict) or not all(isinstance(note.get(k), kind) for k, kind in kinds.items()):
+            return f"{name!r:.60} lacks one of {', '.join(kinds)}"
+        if not all(type(n) is int and n >= 0 for n in note["shape"]) or math.prod(note["shape"]) > 2**48:
+            return f"{name!r:.60} has the shape {note['shape']!r:.60}"
+        try:
+            is_number = jnp.issubdtype(jnp.dtype(note["dtype"]), jnp.number) or note["dtype"] == "bool"
+        except TypeError:
+            is_number = False
+        if not is_number:
+            return f"{name!r:.60} has the dtype {note['dtype']!r:.60}"
+        if "prng" in note and (note["prng"] not in _KEYS or not note["jax"]):
+            return f"{name!r:.60} is a random key of kind {note['prng']!r:.60}"
+    return ""
 
 
 def _load(path: Path) -> tuple[dict[tuple[str, ...], np.ndarray], dict[tuple[str, ...], Any], dict[str, Any]]:
@@ -443,10 +572,18 @@ def _restored(path: Path, wanted: Any, problem: str) -> Any:
         with _quiet_orbax(), _deaf_to_late_reads(), ocp.Checkpointer(handler, **alone) as checkpointer:
             return checkpointer.restore(path.resolve(), args=wanted)
     except Exception as err:  # whatever orbax, tensorstore or json say about a broken file
-        first_line = next(iter(str(err).splitlines()), "")
-        raise _DamagedError(
-            f"the checkpoint {path} is damaged: {problem} ({type(err).__name__}: {first_line[:200]})."
-        ) from err
+        raise _DamagedError(f"the checkpoint {path} is damaged: {problem} ({_first_line(err)}).") from err
+
+
+def _first_line(err: Exception) -> str:
+    return f"{type(err).__name__}: {next(iter(str(err).splitlines()), '')[:200]}"
+
+
+def _reason(err: Exception) -> str:
+    """What the system said, where it said something: tensorstore puts its number at the end of a long line."""
+    found = re.search(r"os_error_code='(\d+)'", str(err))
+    number = err.errno if isinstance(err, OSError) else int(found[1]) if found else None
+    return _first_line(err) if number is None else os.strerror(number)
 
 
 def _alone() -> dict[str, Any]:
@@ -480,7 +617,14 @@ def _unpack(path: Sequence[str], value: np.ndarray, note: Mapping[str, Any]) -> 
     if not note["jax"]:
         return value
     array = _on_device("/".join(path), value)
-    return jax.random.wrap_key_data(array, impl=note["prng"]) if "prng" in note else array
+    return _as_key("/".join(path), array, note["prng"]) if "prng" in note else array
+
+
+def _as_key(name: str, data: jax.Array, kind: str) -> jax.Array:
+    try:
+        return jax.random.wrap_key_data(data, impl=kind)
+    except TypeError as err:
+        raise ValueError(f"{name} is no random key of kind {kind!r}: {_first_line(err)}.") from err
 
 
 def _on_device(name: str, value: np.ndarray) -> jax.Array:
@@ -507,7 +651,7 @@ def _as_leaf(leaf: Any, path: Sequence[str], value: np.ndarray, note: Mapping[st
     if _is_key(leaf) != ("prng" in note):
         raise ValueError(f"{at} is {'a' if 'prng' in note else 'no'} random key in {place}; like says otherwise.")
     if _is_key(leaf):
-        key = jax.random.wrap_key_data(_on_device(at, value), impl=note["prng"])
+        key = _as_key(at, _on_device(at, value), note["prng"])
         sharding = _sharding_of(leaf)
         key = key if sharding is None else put(key, sharding)
         if key.dtype != leaf.dtype or key.shape != leaf.shape:
@@ -532,12 +676,12 @@ def _sharding_of(leaf: Any) -> Any:
 
 class _NotOrbax(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
-        return record.levelno >= logging.ERROR or "orbax" not in record.pathname
+        return record.levelno > logging.ERROR or "orbax" not in record.pathname
 
 
 @contextmanager
 def _quiet_orbax() -> Iterator[None]:
-    """Drops what orbax tells the absl log below an error; other users of that log, and its level, are left alone."""
+    """Drops what orbax tells the absl log, errors too: they are raised. Other users of that log are left alone."""
     log, chatter = logging.getLogger("absl"), _NotOrbax()
     log.addFilter(chatter)
     try:

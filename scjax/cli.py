@@ -18,6 +18,7 @@ from scjax.check import suggestion
 from scjax.config import override, to_dict, to_json
 from scjax.experiment import Experiment, read_experiment
 from scjax.hosts import PeerError
+from scjax.train.loop import Interrupted
 from scjax.types import Population
 
 __all__ = ["main"]
@@ -500,6 +501,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 args=arguments,
             )
         command.execute()
+    except Interrupted as err:
+        again = _again(arguments)
+        print(f"scjax: {err}", file=sys.stderr)
+        if not again:
+            raise SystemExit(1) from None
+        print(f"To go on:\n  {again}", file=sys.stderr, flush=True)
+        raise SystemExit(0) from None
     except BrokenPipeError:  # the reader of our output, `head` for instance, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
@@ -510,6 +518,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         notes = "".join(f"\n{note}" for note in (*getattr(err, "__notes__", ()), *_as_options(str(err), arguments)))
         print(f"scjax: {err}{notes}", file=sys.stderr)
         raise SystemExit(2) from err
+
+
+def _again(arguments: list[str]) -> str:
+    """The command that goes on where this one was interrupted; none for those that cannot."""
+    if arguments[:1] == ["train"]:
+        given = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        given.add_argument("--out")
+        given.add_argument("--data", action="append", default=[])
+        seen, _ = given.parse_known_args(arguments[1:])
+        arguments = ["train", "--resume", "--out", seen.out, *(word for one in seen.data for word in ("--data", one))]
+    return shlex.join(["scjax", *arguments]) if arguments[:1] in (["train"], ["bench"]) else ""
 
 
 def _as_options(message: str, arguments: list[str]) -> list[str]:

@@ -41,6 +41,8 @@ def from_json(cls: type[T], path: str | Path) -> T:
         raise ValueError(f"{path} is no valid JSON: {err}.") from err
     except ValueError as err:  # also UnicodeDecodeError
         raise ValueError(f"{path}: {err}") from err
+    except RecursionError as err:
+        raise ValueError(f"{path}: its lists and objects are nested too deeply.") from err
 
 
 def from_dict(cls: type[T], values: Any, at: str = "") -> T:
@@ -90,11 +92,14 @@ def override(config: T, assignments: Mapping[str, Any]) -> T:
                 objects = [k for k, v in node.items() if isinstance(v, dict)]
                 raise ValueError(f"{dotted}: {place} is no object with fields.{suggestion(name, objects)}")
             node = inner
-        value = _from_text(value) if isinstance(value, str) else value
+        value = _from_text(value, dotted) if isinstance(value, str) else value
         if last == "kind" and node.get("kind", value) != value:
             node.clear()
         node[last] = value
-    return from_dict(type(config), tree)
+    try:
+        return from_dict(type(config), tree)
+    except RecursionError as err:
+        raise ValueError(f"{', '.join(assignments)}: the values are nested too deeply.") from err
 
 
 def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -105,11 +110,13 @@ def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _from_text(text: str) -> Any:
+def _from_text(text: str, at: str) -> Any:
     try:
         return json.loads(text)
     except ValueError:
         return text
+    except RecursionError as err:
+        raise ValueError(f"{at}: its lists and objects are nested too deeply.") from err
 
 
 def _as_float(value: int, at: str) -> float:
@@ -173,6 +180,8 @@ def _typed(value: Any, hint: Any, at: str) -> Any:
     if hint in (int, float, str, bool):
         if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
             raise ValueError(f"{at} must be {hint.__name__}; got {value!r}.")
+        if hint is int and not -(2**63) <= value < 2**63:
+            raise ValueError(f"{at} must be a number of at most 64 bits; got {value}.")
         return value
     return value
 

@@ -20,7 +20,7 @@ import jax
 from scjax.bench.grid import SYSTEMS, Cell, make_grid
 from scjax.bench.report import comparisons, render
 from scjax.check import at_least
-from scjax.checkpoint import list_steps, provenance
+from scjax.checkpoint import list_steps, provenance, sole_writer
 from scjax.config import to_dict
 from scjax.experiment import digest_of, evaluate, read_experiment, report_of, train_seeds
 from scjax.metrics.report import environment
@@ -78,7 +78,7 @@ def bench(
 
     Raises:
         ValueError: what `make_grid` finds; `out` holds something else, or results of other settings or other data under
-            the name of a cell. Nothing has been trained then.
+            the name of a cell, or another benchmark writes there now. Nothing has been trained then.
         train.loop.Interrupted: SIGTERM.
     """
     out = Path(out)
@@ -87,6 +87,20 @@ def bench(
         at_least("together", together, 1)
     cells, unknown = make_grid(None if data is None else Path(data), systems=systems, only=only, n_steps=n_steps)
     _admit(out)
+    with sole_writer(out):
+        return _bench(out, cells, unknown, n_seeds, together, n_draws, tell, hooks)
+
+
+def _bench(
+    out: Path,
+    cells: Sequence[Cell],
+    unknown: Sequence[str],
+    n_seeds: int,
+    together: int | None,
+    n_draws: int,
+    tell: Callable[[str], None],
+    hooks: Callable[[Any], Sequence[Hook]],
+) -> Outcome:
     settings = {cell.name: _settings(cell, n_seeds, n_draws) for cell in cells}
     results = {cell.name: _known(out, cell, settings[cell.name]) for cell in cells}
     for name in unknown:
@@ -236,7 +250,8 @@ def _known(out: Path, cell: Cell, settings: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _admit(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "cells").is_dir())):
+    foreign = out.is_dir() and not (out / "cells").is_dir() and any(p.name != ".lock" for p in out.iterdir())
+    if foreign or (out.exists() and not out.is_dir()):
         raise ValueError(f"out {out} holds something else than results of a benchmark; choose a new folder.")
 
 

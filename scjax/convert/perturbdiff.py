@@ -29,6 +29,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from scjax.convert.state import checked, shape_of
 from scjax.models.perturbdiff import Config, Constants, roles
 from scjax.types import Params
 
@@ -48,6 +49,7 @@ def config_from_torch(state: Mapping[str, np.ndarray], **known: Any) -> Config:
     Raises:
         ValueError: no PerturbDiff state dict.
     """
+    state = checked(state)
     needed = (
         "model.final_layer.linear.weight",
         "model.blocks.0.block.attn.q_norm.weight",
@@ -58,15 +60,17 @@ def config_from_torch(state: Mapping[str, np.ndarray], **known: Any) -> Config:
             f"the state dict is not one of PerturbDiff: it lacks {', '.join(missing)}. "
             f"It has: {', '.join(sorted(state)[:10]) or 'nothing'}{', ...' if len(state) > 10 else ''}."
         )
-    n_genes, d = state[needed[0]].shape
-    width, n_hidden = (state[name].shape[0] for name in (needed[2], "model.blocks.0.block.mlp.fc1.bias"))
+    n_genes, d = shape_of(state, needed[0], 2)
+    width, _ = shape_of(state, needed[2], 2)
+    (n_hidden,) = shape_of(state, "model.blocks.0.block.mlp.fc1.bias", 1)
+    (head_width,) = shape_of(state, needed[1], 1)
     layers = {int(m.group(1)) for name in state if (m := re.match(r"model\.blocks\.(\d+)\.", name))}
     found: dict[str, Any] = {
         "n_genes": int(n_genes),
         "n_spaces": max(1, len(spaces_from_torch(state))),
         "d_model": int(d),
         "n_layers": len(layers),
-        "n_heads": int(2 * d // state[needed[1]].shape[0]),
+        "n_heads": 2 * d // head_width,
         "mlp_ratio": float(n_hidden / d),
         "covariate_width": {int(d): "model", int(n_genes): "genes"}.get(int(width), int(width)),
         **_covariates_of(state),
@@ -84,19 +88,20 @@ def _covariates_of(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
         "cell_type": ("n_cell_types", "n_cell_type_features"),
         "batch": ("n_batches", ""),
     }
-    dose = state.get("cov_encoder.dose_encoder.weight")
-    if dose is not None:
-        found["n_doses"] = int(dose.shape[0])
+    dose = "cov_encoder.dose_encoder.weight"
+    has_doses = dose in state
+    if has_doses:
+        found["n_doses"] = shape_of(state, dose, 2)[0]
     for role, (rows, features) in sizes.items():
-        at = _encoder_of(role, dose is not None)
+        at = _encoder_of(role, has_doses)
         if f"{at}.0.weight" in state:
-            found |= {role: "vector", features: int(state[f"{at}.0.weight"].shape[1])}
+            found |= {role: "vector", features: shape_of(state, f"{at}.0.weight", 2)[1]}
         elif f"{at}.weight" in state:
-            found |= {role: "table", rows: int(state[f"{at}.weight"].shape[0])}
+            found |= {role: "table", rows: shape_of(state, f"{at}.weight", 2)[0]}
         else:
             found |= {role: "none"}
-    n_places = sum(found[role] != "none" for role in sizes) + (dose is not None)
-    return found | {"d_covariate": int(state["cov_encoder.transform.weight"].shape[1] // max(1, n_places))}
+    n_places = sum(found[role] != "none" for role in sizes) + has_doses
+    return found | {"d_covariate": shape_of(state, "cov_encoder.transform.weight", 2)[1] // max(1, n_places)}
 
 
 def spaces_from_torch(state: Mapping[str, np.ndarray]) -> tuple[str, ...]:
@@ -114,7 +119,7 @@ def params_from_torch(state: Mapping[str, np.ndarray], config: Config) -> Params
     """
     if config.attention != "features":
         raise ValueError("attention='tokens' has matrices that the reference lacks; take 'features'.")
-    reader = Reader(dict(state), config)
+    reader = Reader(checked(state), config)
     params = {
         "time": reader.time(),
         "covariates": reader.covariates(),
@@ -141,7 +146,7 @@ def constants_from_torch(state: Mapping[str, np.ndarray], config: Config) -> Con
     Raises:
         ValueError: a table that the config asks for is missing or has another number of features.
     """
-    reader = Reader(dict(state), config)
+    reader = Reader(checked(state), config)
     constants = reader.constants()
     if reader.misfits:
         raise ValueError("the state dict does not fit the config:\n  " + "\n  ".join(reader.misfits))

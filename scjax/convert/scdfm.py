@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 
+from scjax.convert.state import checked, shape_of
 from scjax.models.scdfm import Config
 from scjax.types import Params
 
@@ -46,6 +47,7 @@ def config_from_torch(state: Mapping[str, np.ndarray], **known: Any) -> Config:
     Raises:
         ValueError: no scDFM state dict.
     """
+    state = checked(state)
     needed = ["encoder.embedding.weight", "t_embedder.mlp.0.weight"]
     if known.get("perturbation") == "table":
         needed.append("perturbation_embedder.embedding.weight")
@@ -59,7 +61,7 @@ def config_from_torch(state: Mapping[str, np.ndarray], **known: Any) -> Config:
     else:
         fusion = "perceiver" if "blocks.0.ln_z1.weight" in state else "differential_transformer"
     layers = {int(m.group(1)) for name in state if (m := re.match(r"blocks\.(\d+)\.", name))}
-    n_tokens, d = state[needed[0]].shape
+    n_tokens, d = shape_of(state, needed[0], 2)
     found: dict[str, Any] = {
         "n_tokens": int(n_tokens),
         "d_model": int(d),
@@ -67,7 +69,7 @@ def config_from_torch(state: Mapping[str, np.ndarray], **known: Any) -> Config:
         "fusion": fusion,
     }
     if known.get("perturbation") == "table":
-        found["n_perturbations"] = int(state[needed[2]].shape[0])
+        found["n_perturbations"] = shape_of(state, needed[2], 2)[0]
     return Config(**(found | known))
 
 
@@ -80,7 +82,7 @@ def params_from_torch(state: Mapping[str, np.ndarray], config: Config) -> Params
     """
     if config.perturbation == "vector":
         raise ValueError("perturbation='vector' has a projection that the reference lacks; take 'gene' or 'table'.")
-    reader = Reader(dict(state), config.d_model)
+    reader = Reader(checked(state), config.d_model)
     params = _network(reader, config)
     unused = {"perturbations": r"perturbation_embedder\.", "perturbation_head": r"p_head\.", "mask": r"p_mask_embed"}
     for name, pattern in unused.items():

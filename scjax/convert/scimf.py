@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from scjax.convert.state import checked, shape_of
 from scjax.models.scimf import Config
 from scjax.types import Params
 
@@ -35,21 +36,21 @@ def config_from_torch(state: Mapping[str, np.ndarray], **known: Any) -> Config:
     Raises:
         ValueError: no scIMF state dict.
     """
+    state = checked(state)
     hidden = _numbered(state, r"drift_intra\.net\.net\.linear(\d+)\.weight")
-    output = state.get("drift_intra.net.net.linear.weight")
-    if not hidden or output is None:
+    if not hidden or "drift_intra.net.net.linear.weight" not in state:
         raise ValueError(
             "the state dict is not one of scIMF: it lacks drift_intra.net.net.linear1.weight or "
             f"drift_intra.net.net.linear.weight. It has: {', '.join(sorted(state)) or 'nothing'}."
         )
     found: dict[str, Any] = {
-        "n_dims": int(output.shape[0]),
-        "intrinsic_widths": tuple(int(state[f"drift_intra.net.net.linear{i}.weight"].shape[0]) for i in hidden),
+        "n_dims": shape_of(state, "drift_intra.net.net.linear.weight", 2)[0],
+        "intrinsic_widths": tuple(shape_of(state, f"drift_intra.net.net.linear{i}.weight", 2)[0] for i in hidden),
         "n_blocks": len(_numbered(state, r"drift_inter\.trm_inter\.(\d+)\.fc1\.weight")),
     }
     layers = _numbered(state, r"diffusion\.sigma\._model\.(\d+)\.weight")
     if layers:
-        widths = [int(state[f"diffusion.sigma._model.{i}.weight"].shape[0]) for i in layers]
+        widths = [shape_of(state, f"diffusion.sigma._model.{i}.weight", 2)[0] for i in layers]
         found |= {"diffusion": "mlp", "diffusion_widths": tuple(widths[:-1])}
     elif known.get("diffusion", "constant") == "constant" and "diffusion.sigma" in state:
         values = np.unique(state["diffusion.sigma"])
@@ -68,7 +69,7 @@ def params_from_torch(state: Mapping[str, np.ndarray], config: Config) -> Params
     Raises:
         ValueError: tensors missing, left over or of another shape than the config asks for; all of them are listed.
     """
-    left, misfits = dict(state), []
+    left, misfits = checked(state), []
 
     def take(name: str, shape: tuple[int, ...]) -> np.ndarray:
         if name not in left:

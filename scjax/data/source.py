@@ -1,6 +1,7 @@
 """Where cells come from: files, and row access that does not tell how the rows are kept."""
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, get_args, runtime_checkable
 
@@ -282,6 +283,7 @@ def _check_container(path: Path) -> None:
     if path.suffix == ".zarr":
         if not any((path / name).is_file() for name in ("zarr.json", ".zgroup", ".zmetadata")):
             raise ValueError(f"{path} is no zarr group: it holds neither zarr.json nor .zgroup. Was it copied whole?")
+        _check_codecs(path)
         return
 
     import h5py
@@ -290,3 +292,32 @@ def _check_container(path: Path) -> None:
         h5py.File(path).close()
     except OSError as err:
         raise ValueError(f"{path} is no whole HDF5 file: truncated, or of another format ({err}).") from err
+
+
+def _check_codecs(path: Path) -> None:
+    """Refuses a store with pickles in it: numcodecs reads them, which runs code. Newer zarr refuses too."""
+    for document in path.rglob("*"):
+        if document.name not in (".zarray", ".zmetadata", "zarr.json"):
+            continue
+        try:
+            tree = json.loads(document.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as err:
+            raise ValueError(f"{document} is no valid JSON; the store is damaged.") from err
+        for name in _codecs(tree):
+            if str(name).rpartition(".")[2] == "pickle":
+                raise ValueError(f"{document} asks for the codec {name!r}: a pickle may run code, and is not read.")
+
+
+def _codecs(tree: Any) -> Iterator[Any]:
+    """The names of all codecs and filters in the metadata of arrays."""
+    if isinstance(tree, list):
+        for inner in tree:
+            yield from _codecs(inner)
+    elif isinstance(tree, dict):
+        for key, value in tree.items():
+            if key in ("filters", "compressor", "codecs"):
+                for codec in value if isinstance(value, list) else [value]:
+                    if isinstance(codec, dict):
+                        yield codec.get("id", codec.get("name"))
+            if key != "attributes" and not key.endswith(".zattrs"):
+                yield from _codecs(value)

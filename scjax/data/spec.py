@@ -125,7 +125,10 @@ class DataSpec:
         `every_context`: each context needs control cells; without it some may lack them, and all cells may be controls.
         `every_role`: the batch and the vectors of cell types are needed too; else nobody looks at them.
         """
+        if not all(hasattr(adata, part) for part in ("obs", "obs_names", "uns", "var_names")):
+            raise ValueError(f"adata must be an AnnData; it is {type(adata).__name__}. Read a file by read_anndata.")
         problems = [
+            *(() if len(adata.obs_names) else ("cells: adata holds none.",)),
             *(_time_problems(self, adata, min_times) if self.time is not None else ()),
             *_role_problems("cell_type", self.cell_type, adata),
             *(_role_problems("batch", self.batch, adata) if every_role else ()),

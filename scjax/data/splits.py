@@ -6,6 +6,7 @@ in one context; controls are for training, unless whole contexts are held out. `
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import starmap
@@ -485,14 +486,23 @@ def save_split(path: str | Path, split: TimeSplit | PerturbationSplit) -> None:
 
 
 def load_split(path: str | Path) -> TimeSplit | PerturbationSplit:
-    """What `save_split` wrote. ValueError for anything else."""
+    """What `save_split` wrote. ValueError for anything else, a time or population in two parts included."""
     try:
         fields = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         fields = {}  # `from_json` says what is wrong
     if isinstance(fields, dict) and "test" in fields:
-        return _from_record(from_json(_Record, path))
-    return from_json(TimeSplit, path)
+        split = _from_record(from_json(_Record, path))
+        everything = (*split.train, *split.validation, *split.test)
+    else:
+        split = from_json(TimeSplit, path)
+        everything = (*split.train, *split.held_out)
+    twice = next((one for one, n in Counter(everything).items() if n > 1), None)
+    if twice is not None:
+        raise ValueError(f"{path}: {twice} occurs more than once; each belongs to one part of a split, once.")
+    if not split.train:
+        raise ValueError(f"{path}: train must hold something to learn from; it is empty.")
+    return split
 
 
 def _held_out(rule: TimeSplitRule, times: tuple[float, ...]) -> set[float]:

@@ -81,7 +81,7 @@ def read_experiment(path: str | Path) -> Experiment:
         path = path / "experiment.json"
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         tree = None  # from_json says what is wrong
     try:
         cls = _class_of(tree)

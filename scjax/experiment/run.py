@@ -6,7 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -37,6 +37,7 @@ __all__ = [
     "admit",
     "begin",
     "check_loop",
+    "check_resumed",
     "check_same_data",
     "check_same_settings",
     "check_seeds",
@@ -50,6 +51,8 @@ __all__ = [
     "validation_options",
 ]
 
+_SETTINGS, _SPLIT, _LOG = "experiment.json", "split.json", "metrics.jsonl"
+_PART = ".part"  # the end of a file's name until it is whole
 FAILED = "failed.json"  # in the folder of a run that met a number that is not finite
 _CHUNK = 4096  # cells that are read together
 
@@ -133,21 +136,34 @@ def check_validation(experiment: Any) -> None:
 
 
 def admit(workdir: Path, resume: bool, step: int | None) -> None:
-    """Refuses a folder that holds something else, and one that holds nothing to resume."""
+    """Refuses a folder that holds something else, one that holds nothing to resume, and one that is being written into.
+
+    A run that was killed before its first checkpoint is resumed from its beginning.
+    """
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"workdir must be a folder; {workdir} is a file.")
-    settings, steps = workdir / "experiment.json", checkpoint.list_steps(workdir / "checkpoints")
+    settings, steps = workdir / _SETTINGS, checkpoint.list_steps(workdir / "checkpoints")
     if not resume:
         if step is not None:
             raise ValueError(f"step={step} says where to resume from; it needs resume=True.")
-        if workdir.is_dir() and any(workdir.iterdir()):
+        if workdir.is_dir() and any(not _is_left_over(path) for path in workdir.iterdir()):
             what = "another run" if settings.exists() else "other files"
-            mend = ", or continue the run in it (resume=True)" if settings.exists() and steps else ""
+            mend = ", or continue the run in it (resume=True)" if settings.exists() else ""
             raise ValueError(f"workdir {workdir} holds {what}; nothing is overwritten. Choose a new folder{mend}.")
         return
-    if not settings.exists() or not steps:
-        what = "a run that ended before its first checkpoint" if settings.exists() else "no run"
-        raise ValueError(f"resume=True, but {workdir} holds {what}. Start it in a new folder, with resume=False.")
+    if not settings.exists():
+        raise ValueError(f"resume=True, but {workdir} holds no run. Start it in a new folder, with resume=False.")
+    if step is not None and not steps:
+        raise ValueError(f"step={step}, but the run in {workdir} ended before its first checkpoint. Leave step out.")
+    with checkpoint.sole_writer(workdir / "checkpoints"):
+        pass  # said here, before the data are prepared; the writer of the run holds the lock
+
+
+def _is_left_over(path: Path) -> bool:
+    """Of a run that was killed before its settings were written: no file of anybody's."""
+    if path.name == "checkpoints":
+        return path.is_dir() and not any(inside.name != ".lock" for inside in path.iterdir())
+    return path.name == f"{_SETTINGS}{_PART}"
 
 
 def check_same_settings(before: Any, experiment: Any, workdir: Path) -> None:
@@ -178,7 +194,7 @@ def train_task(
 
     def ready() -> tuple[Task, Begun]:
         if resume:
-            check_same_data(checkpoint.read_about(workdir / "checkpoints", step), digest, workdir)
+            check_resumed(experiment, workdir, step, digest)
         task = prepare(experiment, adata)
         if not resume:
             task.findings.stop()
@@ -229,6 +245,7 @@ class Begun(NamedTuple):
         state: that of the checkpoint of `step`, from which it is resumed.
         about: what every checkpoint tells.
         arrays: kept in every checkpoint beside the state.
+        resumed: the folder is this run's already.
     """
 
     params: Params
@@ -239,13 +256,14 @@ class Begun(NamedTuple):
     about: dict[str, Any]
     arrays: Mapping[str, Any]
     workdir: Path
+    resumed: bool
 
     def writer(self, keep: int = 3) -> checkpoint.CheckpointWriter:
         folder = self.workdir / "checkpoints"
         return checkpoint.CheckpointWriter(folder, about=self.about, keep=keep, resume_from=self.step)
 
     def hooks(self, writer: checkpoint.CheckpointWriter) -> tuple[Hook, ...]:
-        return SaveCheckpoints(writer, self.arrays), JsonlLogger(self.workdir / "metrics.jsonl")
+        return SaveCheckpoints(writer, self.arrays), JsonlLogger(self.workdir / _LOG, resumed=self.resumed)
 
 
 def begin(
@@ -267,15 +285,15 @@ def begin(
     tx = make_optimizer(experiment.optimizer, experiment.n_steps)
     key_init, key_train = jax.random.split(jax.random.key(experiment.seed))
     params, state = start(key_init), None
-    if resume:
+    if resume and checkpoint.list_steps(workdir / "checkpoints"):
         ema, best = experiment.ema_decay is not None, task.validate is not None
         template = jax.eval_shape(lambda p, k: init_state(p, tx, k, ema=ema, best=best), params, key_train)
         if mesh is not None:
             template = meshes.template(template, mesh, shard_above)
         saved = checkpoint.read(workdir / "checkpoints", step, like={"state": template})
         step, state = saved.step, saved.arrays["state"]
-        if hosts.is_first():
-            (workdir / FAILED).unlink(missing_ok=True)  # it failed; whether it does now will be seen
+    if resume and hosts.is_first():
+        (workdir / FAILED).unlink(missing_ok=True)  # it failed; whether it does now will be seen
 
     about = {
         **task.about,
@@ -286,12 +304,25 @@ def begin(
     about["run"] = hashlib.blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=8).hexdigest()
     about["findings"] = task.findings.to_json_dict()
     about["provenance"] = checkpoint.provenance()
-    if not resume and hosts.is_first():
-        workdir.mkdir(parents=True, exist_ok=True)
-        for name, settings in (("experiment.json", experiment), ("split.json", task.split)):
-            with open(workdir / name, "x", encoding="utf-8") as file:
-                file.write(to_json(settings))
-    return Begun(params, key_train, tx, state, step, about, task.arrays, workdir)
+    if state is None and hosts.is_first():
+        _write_settings(workdir, to_json(experiment), to_json(task.split), resume)
+    return Begun(params, key_train, tx, state, step, about, task.arrays, workdir, resume)
+
+
+def _write_settings(workdir: Path, settings: str, split: str, resume: bool) -> None:
+    """The settings are what makes a folder that of a run, so they are there as a whole or not at all."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    with checkpoint.sole_writer(workdir / "checkpoints"):
+        for name, text in ((_SETTINGS, settings), (_SPLIT, split)):
+            path = workdir / name
+            if not path.exists():
+                part = path.with_name(path.name + _PART)
+                part.write_text(text, encoding="utf-8")
+                part.replace(path)
+            elif not resume:
+                raise ValueError(f"another run began in {workdir} meanwhile; choose a new folder.")
+            elif name == _SPLIT and path.read_text(encoding="utf-8") != text:
+                raise ValueError(f"{path} is not the split of these data by these settings; choose a new folder.")
 
 
 def loop_options(experiment: Any, task: Task) -> dict[str, Any]:
@@ -313,13 +344,25 @@ def validation_options(experiment: Any) -> dict[str, Any]:
 
 @contextmanager
 def recorded_failure(workdir: Path) -> Iterator[None]:
-    """A number that is not finite leaves a record of it in the folder of the run, besides the error."""
+    """A number that is not finite leaves a record of it in the folder of the run, besides the error; other errors tell
+    what is left.
+    """
     try:
         yield
     except NonFiniteError as err:
         if hosts.is_first():
             record_failure(workdir, err)
         raise
+    except Exception as err:
+        err.add_note(_what_is_left(workdir))
+        raise
+
+
+def _what_is_left(workdir: Path) -> str:
+    steps = checkpoint.list_steps(workdir / "checkpoints")
+    if not steps:
+        return f"The run in {workdir} has no checkpoint yet."
+    return f"The newest checkpoint of the run in {workdir} is step {steps[-1]}: continue with resume=True (--resume)."
 
 
 def record_failure(workdir: Path, error: NonFiniteError) -> None:
@@ -338,6 +381,30 @@ def data_digest(adata: AnnData, spec: DataSpec, labels: Iterable[bytes]) -> str:
         h.update(label)
     h.update("\0".join(source.feature_names).encode())
     return h.hexdigest()
+
+
+def check_resumed(experiment: Any, workdir: Path, step: int | None, digest: str) -> None:
+    """A run that has checkpoints needs its data again; one that was killed before the first of them begins again, which
+    stderr tells. One that has lost them does not.
+    """
+    if checkpoint.list_steps(workdir / "checkpoints"):
+        check_same_data(checkpoint.read_about(workdir / "checkpoints", step), digest, workdir)
+        return
+    logged = _last_logged(workdir / _LOG)
+    if logged > 2 * experiment.checkpoint_every:  # one may have been under way, and the next one waits for it
+        raise ValueError(
+            f"resume=True, but {workdir} has no checkpoint, and its log goes up to step {logged}: the checkpoints are "
+            "gone. Put them back, or start in a new folder."
+        )
+    sys.stderr.write(f"{workdir} has no checkpoint yet; the run begins again at its first step.\n")
+
+
+def _last_logged(log: Path) -> int:
+    last = 0
+    for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else ():
+        with suppress(ValueError, KeyError, TypeError):  # a line cut short by the kill
+            last = max(last, int(json.loads(line)["step"]))
+    return last
 
 
 def check_same_data(about: Mapping[str, Any], digest: str, doing: str | Path) -> None:

@@ -10,14 +10,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from scjax import checkpoint
 from scjax.check import at_least
 from scjax.data.spec import AnnData
 from scjax.experiment.run import (
     Run,
     Task,
     begin,
-    check_same_data,
+    check_resumed,
     loop_options,
     record_failure,
     tell,
@@ -70,7 +69,7 @@ def train_tasks(
     """One program for all of these; `admit` has let each of them in. See `scjax.experiment.train_seeds`."""
     if resume:
         for workdir in workdirs:
-            check_same_data(checkpoint.read_about(workdir / "checkpoints"), digest, workdir)
+            check_resumed(experiment, workdir, None, digest)
     settings = [replace(experiment, seed=seed) for seed in seeds]
     tasks = [prepare(one, adata) for one in settings]
     first = tasks[0]

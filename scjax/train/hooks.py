@@ -8,6 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+
 from scjax.checkpoint import CheckpointWriter
 
 from .state import TrainState
@@ -136,21 +139,26 @@ class JsonlLogger(Hook):
     A resumed run continues the file: lines after its first step, and a line cut short by a kill, are dropped, so that
     no step appears twice.
 
+    Args:
+        resumed: the file is of this run, even if it begins with its first step.
+
     Raises:
         ValueError: at the start of a fresh run, where the file holds lines of another.
+        OSError: a line could not be written; the file is named.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, *, resumed: bool = False):
         self.path = Path(path)
+        self.resumed = resumed
         self._file = None
 
     def on_start(self, step: int, n_steps: int) -> None:
         if self.path.exists():
-            if step == 0 and self.path.stat().st_size:
+            if step == 0 and not self.resumed and self.path.stat().st_size:
                 raise ValueError(f"{self.path} holds the log of another run; choose another path, or resume that run.")
             self._keep_up_to(step)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = self.path.open("ab", buffering=0)  # what cannot be written must not come again when it is closed
         self._started = time.perf_counter()
 
     def on_compiled(self, seconds: float) -> None:
@@ -158,8 +166,12 @@ class JsonlLogger(Hook):
 
     def on_log(self, step: int, metrics: Mapping[str, float]) -> None:
         seconds = round(time.perf_counter() - self._started, 3)
-        self._file.write(json.dumps({"step": step, "seconds": seconds, **metrics}) + "\n")
-        self._file.flush()
+        line = (json.dumps({"step": step, "seconds": seconds, **metrics}) + "\n").encode()
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError as err:
+            raise OSError(err.errno, err.strerror, str(self.path)) from err
 
     def on_end(self) -> None:
         if self._file is not None:
@@ -183,6 +195,10 @@ class SaveCheckpoints(Hook):
     """Hands the state to a `CheckpointWriter` under "state", with `extra` arrays beside it (a fitted transform, say).
 
     The hook waits for the last write at the end of the run; opening and closing the writer is the caller's.
+
+    Raises:
+        ArithmeticError: parameters that are not finite are not saved. The loop looks at loss and gradient, and would
+            meet them in the next step.
     """
 
     every_process = True  # arrays that are spread over the processes are brought together by all of them
@@ -195,6 +211,12 @@ class SaveCheckpoints(Hook):
         self.extra = extra
 
     def on_checkpoint(self, state: TrainState) -> None:
+        if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves((state.params, state.ema))):
+            where = f"step {self.saved.step} in {self.saved.directory}" if self.saved else "none was written"
+            raise ArithmeticError(
+                f"the parameters after step {int(state.step)} are not finite, as its update was too large. The last "
+                f"good checkpoint: {where}. A lower learning rate or clip_norm is the usual mend."
+            )
         self.writer.save(int(state.step), {"state": state, **self.extra})
 
     def on_end(self) -> None:

@@ -56,7 +56,8 @@ class NonFiniteError(ArithmeticError):
 
 
 class Interrupted(SystemExit):
-    """SIGTERM came, and what was done is with the hooks. Uncaught, it ends Python with its message and status 1.
+    """SIGTERM came, and what was done is with the hooks. Uncaught, it ends Python with its message and status 1; the
+    command line ends with status 0 and the command to go on.
 
     Attributes:
         step: finished steps.

@@ -2,7 +2,9 @@
 
 import json
 import os
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,6 +16,7 @@ import pytest
 from tiny_series import EXPERIMENT, SIZES, damaged_copy, make_adata
 
 from scjax import __version__, presets
+from scjax.checkpoint import list_steps
 from scjax.cli import main
 from scjax.config import from_json, to_dict, to_json
 from scjax.data.splits import HoldOutLast
@@ -289,6 +292,36 @@ def test_interrupted(monkeypatch, capsys):
         main(["train", "--config", "tiny.json"])
     assert ended.value.code == 130
     assert "interrupted" in capsys.readouterr().err
+
+
+def test_sigterm_saves_and_the_told_command_goes_on(run, capsys, tmp_path, monkeypatch):
+    """The settings of `run`, so that its compiled program serves."""
+    out, settings = tmp_path / "a run", tmp_path / "settings.json"
+    settings.write_text(to_json(replace(read_experiment(run), n_steps=20)))
+
+    def on_log(bar, step, metrics):
+        if step == 8:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("scjax.train.hooks.Progress.on_log", on_log)
+        with pytest.raises(SystemExit) as ended:
+            main(["train", "--config", str(settings), "--data", "cells.h5ad", "--out", str(out)])
+    assert ended.value.code == 0
+    told = capsys.readouterr().err
+    (saved,) = list_steps(out / "checkpoints")
+    assert f"Stopped by SIGTERM after step {saved}; step {saved} is saved in {out}/checkpoints" in told
+    command = shlex.split(told.rpartition("To go on:\n  ")[2])
+    assert command == ["scjax", "train", "--resume", "--out", str(out), "--data", "cells.h5ad"]
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    Path("cells.h5ad").rename("gone.h5ad")
+    try:
+        assert "'cells.h5ad' does not exist" in refused(capsys, *command[1:])
+    finally:
+        Path("gone.h5ad").rename("cells.h5ad")
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+    main(command[1:])
+    assert list_steps(out / "checkpoints")[-1] == 20
 
 
 def test_module_runs_as_a_command():

@@ -168,8 +168,8 @@ def test_folder_with_anything_in_it_is_left_alone(tiny_run, tmp_path):
     with pytest.raises(ValueError, match="step=10 says where to resume from; it needs resume=True"):
         train(EXPERIMENT, make_adata(), tmp_path / "new", step=10)
     shutil.copy(tiny_run.workdir / "experiment.json", tmp_path)
-    with pytest.raises(ValueError, match="holds a run that ended before its first checkpoint. Start it in a new"):
-        train(EXPERIMENT, make_adata(), tmp_path, resume=True)
+    with pytest.raises(ValueError, match="step=10, but the run in .* ended before its first checkpoint. Leave step"):
+        train(EXPERIMENT, make_adata(), tmp_path, resume=True, step=10)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["experiment.json", "notes.txt"]
 
 
