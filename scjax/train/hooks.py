@@ -211,7 +211,7 @@ class SaveCheckpoints(Hook):
         self.extra = extra
 
     def on_checkpoint(self, state: TrainState) -> None:
-        if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves((state.params, state.ema))):
+        if not _all_finite((state.params, state.ema)):
             where = f"step {self.saved.step} in {self.saved.directory}" if self.saved else "none was written"
             raise ArithmeticError(
                 f"the parameters after step {int(state.step)} are not finite, as its update was too large. The last "
@@ -226,3 +226,9 @@ class SaveCheckpoints(Hook):
     def saved(self) -> Saved | None:
         step = self.writer.last_step
         return None if step is None else Saved(self.writer.directory, step)
+
+
+@jax.jit
+def _all_finite(tree: Any) -> Any:
+    """In one program; of arrays spread over processes on each of them."""
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
