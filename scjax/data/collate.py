@@ -10,6 +10,7 @@ from scjax.batches import CellSetBatch, PairedBatch, TimeSeriesBatch
 from scjax.check import one_of
 from scjax.data.cellsets import CellSetData
 from scjax.data.conditions import EmbeddingKind
+from scjax.data.expression import ModelCells
 from scjax.data.perturbation import PerturbationData
 from scjax.data.sampling import (
     CellSetSampling,
@@ -28,7 +29,7 @@ _CONTROL_STREAM = 1  # of random numbers, besides that of the sets
 
 
 def pad_populations(
-    latent: Float[np.ndarray, "cells dims"], populations: tuple[Int[np.ndarray, " _"], ...]
+    latent: ModelCells, populations: tuple[Int[np.ndarray, " _"], ...]
 ) -> tuple[Float[np.ndarray, "times target_cells dims"], Float[np.ndarray, "times target_cells"]]:
     """Populations of unequal size as one array, and the mass of each cell.
 
@@ -117,7 +118,7 @@ def make_paired_batches(
 
     def batch_at(step: int) -> PairedBatch:
         rows = paired_rows(targets, sources, data.n_genes, sampling, seed=seed, step=step)
-        source, target = (data.x[r[..., None], rows.genes] for r in (rows.source, rows.target))
+        source, target = (np.ascontiguousarray(data.x[r][..., rows.genes]) for r in (rows.source, rows.target))
         if sampling.coupling == "ot":
             source = np.stack([x0[optimal_pairs(x0, x1)] for x0, x1 in zip(source, target, strict=True)])
         return PairedBatch(source=source, target=target, perturbation=ids[rows.populations], genes=tokens[rows.genes])

@@ -19,6 +19,7 @@ from scjax.data.conditions import (
     read_kinds,
     with_dose,
 )
+from scjax.data.disk import DiskMatrix, as_sliceable
 from scjax.types import Population
 
 __all__ = ["AnnData", "DataSpec", "Space", "expression_matrix", "feature_names"]
@@ -224,7 +225,8 @@ class DataSpec:
 
 
 def expression_matrix(adata: AnnData, spec: DataSpec) -> Any:
-    """The matrix, cells x features, as it lies in `adata`: a NumPy array, a SciPy sparse matrix, or a DataFrame.
+    """The matrix, cells x features, as it lies in `adata`: a NumPy array, a SciPy sparse matrix, a DataFrame, or a
+    `disk.DiskMatrix`.
 
     Raises:
         ValueError: no such layer or obsm key, or X is None.
@@ -569,16 +571,18 @@ def _value_chunks(matrix: Any) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """(first cell, stored values, nonzero values of each cell) of the next cells.
 
     Raises:
-        ValueError: neither an array in memory nor a sparse matrix, or not numbers. The message follows a name.
+        ValueError: no array, sparse matrix or `disk.DiskMatrix`, or not numbers. The message follows a name.
     """
     from scipy import sparse
 
     if hasattr(matrix, "columns"):  # a DataFrame in obsm
         matrix = matrix.to_numpy()
-    if sparse.issparse(matrix):
-        matrix = matrix.tocsr()
-    elif not isinstance(matrix, np.ndarray):
-        raise ValueError(f"is no array in memory but {type(matrix).__name__}. Call adata.to_memory() first.")
+    if not (sparse.issparse(matrix) or isinstance(matrix, np.ndarray | DiskMatrix)):
+        raise ValueError(
+            f"is no array in memory but {type(matrix).__name__}. Call adata.to_memory(), or read the file with "
+            "read_anndata(path, backed=True)."
+        )
+    matrix = as_sliceable(matrix)
     if matrix.ndim != 2 or matrix.dtype.kind not in "buif":
         raise ValueError(f"must be a matrix of numbers; it has shape {matrix.shape} and dtype {matrix.dtype}.")
 

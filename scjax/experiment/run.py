@@ -18,6 +18,7 @@ from scjax import checkpoint
 from scjax.check import at_least, probability
 from scjax.config import to_dict, to_json
 from scjax.data.device import prefetch
+from scjax.data.disk import is_on_disk
 from scjax.data.leaks import Findings, check_allowed
 from scjax.data.source import open_source
 from scjax.data.spec import AnnData, DataSpec
@@ -28,6 +29,7 @@ from scjax.train.state import TrainState, init_state
 from scjax.types import Batch, Model, Params
 
 __all__ = [
+    "CELLS",
     "FAILED",
     "Begun",
     "Run",
@@ -44,10 +46,12 @@ __all__ = [
     "loop_options",
     "record_failure",
     "recorded_failure",
+    "store_for",
     "train_task",
     "validation_options",
 ]
 
+CELLS = "cells"  # in the folder of a run, the prepared cells of data that stay on disk
 FAILED = "failed.json"  # in the folder of a run that met a number that is not finite
 _CHUNK = 4096  # cells that are read together
 
@@ -138,7 +142,7 @@ def admit(workdir: Path, resume: bool, step: int | None) -> None:
     if not resume:
         if step is not None:
             raise ValueError(f"step={step} says where to resume from; it needs resume=True.")
-        if workdir.is_dir() and any(workdir.iterdir()):
+        if workdir.is_dir() and any(path.name != CELLS for path in workdir.iterdir()):
             what = "another run" if settings.exists() else "other files"
             mend = ", or continue the run in it (resume=True)" if settings.exists() and steps else ""
             raise ValueError(f"workdir {workdir} holds {what}; nothing is overwritten. Choose a new folder{mend}.")
@@ -163,7 +167,7 @@ def train_task(
     adata: AnnData,
     workdir: Path,
     digest: str,
-    prepare: Callable[[Any, AnnData], Task],
+    prepare: Callable[[Any, AnnData, Path | None], Task],
     *,
     resume: bool,
     step: int | None,
@@ -172,7 +176,7 @@ def train_task(
     """Trains what `prepare` makes of the data; `admit` has let it in. See `scjax.experiment.train`."""
     if resume:
         check_same_data(checkpoint.read_about(workdir / "checkpoints", step), digest, workdir)
-    task = prepare(experiment, adata)
+    task = prepare(experiment, adata, store_for(workdir, adata, digest))
     if not resume:
         task.findings.stop()
     begun = begin(experiment, task, adata, workdir, digest, task.start or jax.jit(task.model.init), resume, step)
@@ -191,6 +195,15 @@ def train_task(
             **validation,
         )
     return Run(state, task.data, workdir)
+
+
+def store_for(workdir: Path, adata: AnnData, digest: str) -> Path | None:
+    """Where the prepared cells of these data are kept, if the data stay on disk; a resumed run finds them there."""
+    if not is_on_disk(adata):
+        return None
+    store = workdir / CELLS / digest
+    sys.stderr.write(f"the data stay on disk; the cells of the model's space are kept in {store}\n")
+    return store
 
 
 def tell(task: Task) -> None:

@@ -20,6 +20,7 @@ from scjax.experiment.run import (
     check_same_data,
     loop_options,
     record_failure,
+    store_for,
     tell,
     validation_options,
 )
@@ -62,7 +63,7 @@ def train_tasks(
     workdirs: Sequence[Path],
     seeds: Sequence[int],
     digest: str,
-    prepare: Callable[[Any, AnnData], Task],
+    prepare: Callable[[Any, AnnData, Path | None], Task],
     *,
     resume: bool,
     hooks: Sequence[Hook],
@@ -72,7 +73,8 @@ def train_tasks(
         for workdir in workdirs:
             check_same_data(checkpoint.read_about(workdir / "checkpoints"), digest, workdir)
     settings = [replace(experiment, seed=seed) for seed in seeds]
-    tasks = [prepare(one, adata) for one in settings]
+    store = store_for(workdirs[0], adata, digest)
+    tasks = [prepare(one, adata, store) for one in settings]
     first = tasks[0]
     for seed, task in zip(seeds[1:], tasks[1:], strict=True):
         _check_same_task(first, task, seeds[0], seed)
