@@ -5,6 +5,7 @@ spec.check(cells); cells[rows].X[:100]              what an AnnData is for, but 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -20,6 +21,7 @@ __all__ = [
     "Stack",
     "Subset",
     "as_sliceable",
+    "cells_at_once",
     "is_on_disk",
     "open_cells",
     "stacked",
@@ -27,8 +29,10 @@ __all__ = [
 
 Rows: TypeAlias = Any  # a slice with step 1, or int[n], or bool[cells]
 
-_GAP = 32  # rows between two wanted ones that are read along: a request costs more than so many rows
+_GAP = 4  # rows from one wanted one to the next, up to which those between are read along
+_FEW = 4  # wanted rows of a request, below which their numbers are handed to the reader instead
 _SPAN = 8192  # rows that are read in one request at most
+_CELLS, _VALUES = 4096, 2**24  # that are in memory at once; as float64 these take 128 MiB
 
 
 class DiskMatrix:
@@ -65,8 +69,14 @@ class DiskMatrix:
         if rows.min() < -len(self) or rows.max() >= len(self):
             raise IndexError(f"rows must lie below {len(self)}; got {rows.min()} to {rows.max()}.")
         wanted, place = np.unique(np.where(rows < 0, rows + len(self), rows), return_inverse=True)
-        parts = [self._read(int(run[0]), int(run[-1]) + 1)[run - run[0]] for run in _runs(wanted)]
-        return stacked_arrays(parts)[place]
+        runs = list(_runs(wanted))
+        if len(runs) * _FEW > len(wanted):
+            return self._take(wanted)[place]
+        return stacked_arrays([self._read(int(run[0]), int(run[-1]) + 1)[run - run[0]] for run in runs])[place]
+
+    def _take(self, wanted: np.ndarray) -> Any:
+        """Increasing rows, each for itself."""
+        return stacked_arrays([self._read(int(row), int(row) + 1) for row in wanted])
 
 
 def _runs(wanted: np.ndarray) -> Iterator[np.ndarray]:
@@ -100,36 +110,50 @@ class _Element(DiskMatrix):
                 "by rows (adata.X = adata.X.tocsr()), or read it into memory."
             )
         is_sparse = kind == "csr_matrix"
-        self._data = sparse_dataset(element) if is_sparse else element
-        if len(self._data.shape) != 2 or np.dtype(self._data.dtype).kind not in "buif":
+        self._whole = _no_missing_chunks if is_sparse and hasattr(element, "store") else nullcontext
+        with self._whole():  # zarr looks at this when it opens the arrays, which anndata does at first use
+            self._data = sparse_dataset(element) if is_sparse else element
+            dtype = np.dtype(self._data.dtype)
+        if len(self._data.shape) != 2 or dtype.kind not in "buif":
             raise ValueError(
-                f"{place} must be a matrix of numbers; its shape is {tuple(self._data.shape)}, its dtype "
-                f"{self._data.dtype}."
+                f"{place} must be a matrix of numbers; its shape is {tuple(self._data.shape)}, its dtype {dtype}."
             )
-        super().__init__(tuple(map(int, self._data.shape)), self._data.dtype, is_sparse)
+        super().__init__(tuple(map(int, self._data.shape)), dtype, is_sparse)
 
     def _read(self, start: int, stop: int) -> Any:
         from scipy import sparse
 
+        if start == stop:
+            return sparse.csr_matrix((0, self.shape[1]), dtype=self.dtype) if self.is_sparse else self._empty()
+        return self._asked(slice(start, stop), start, stop - 1)
+
+    def _take(self, wanted: np.ndarray) -> Any:
+        return self._asked(wanted, int(wanted[0]), int(wanted[-1]))
+
+    def _empty(self) -> np.ndarray:
+        return np.zeros((0, self.shape[1]), self.dtype)
+
+    def _asked(self, rows: Any, first: int, last: int) -> Any:
+        from scipy import sparse
+
         try:
             if not self.is_sparse:
-                return np.asarray(self._data[start:stop])
-            if start == stop:
-                return sparse.csr_matrix((0, self.shape[1]), dtype=self.dtype)
-            with _no_missing_chunks():
-                part = sparse.csr_matrix(self._data[start:stop])
+                by_number = hasattr(self._data, "oindex") and not isinstance(rows, slice)  # of zarr
+                return np.asarray(self._data.oindex[rows] if by_number else self._data[rows])
+            with self._whole():
+                part = sparse.csr_matrix(self._data[rows])
             if not part.has_canonical_format:  # a value in two pieces
                 part.sum_duplicates()
             return part
         except Exception as err:
             raise OSError(
-                f"{self._place}: cells {start} to {stop - 1} could not be read ({type(err).__name__}: {err}). Was the "
+                f"{self._place}: cells {first} to {last} could not be read ({type(err).__name__}: {err}). Was the "
                 "file moved, cut short or overwritten while it was in use?"
             ) from err
 
 
 def _no_missing_chunks() -> Any:
-    """A chunk that is gone would else be read as zeros; only a dense matrix may leave out chunks of zeros."""
+    """For zarr, where a chunk that is gone is read as zeros; only a dense matrix may leave out chunks of zeros."""
     import zarr
 
     return zarr.config.set({"array.read_missing_chunks": False})
@@ -212,6 +236,11 @@ class Derived(DiskMatrix):
         if not len(rows):
             return np.zeros((0, self.shape[1]), np.float32)
         return self._rows_of(rows)
+
+
+def cells_at_once(n_features: int) -> int:
+    """How many cells are read, normalised and added up together: fewer where they are wide, whatever their number."""
+    return max(1, min(_CELLS, _VALUES // max(1, n_features)))
 
 
 def is_on_disk(matrix: Any) -> bool:

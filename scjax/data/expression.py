@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from jaxtyping import Float, Int
 
-from scjax.data.disk import Derived, Subset, is_on_disk
+from scjax.data.disk import Derived, Subset, cells_at_once, is_on_disk
 from scjax.data.preprocess import Preprocess, Transform, fit
 from scjax.data.source import CellSource, open_source
 from scjax.data.spec import AnnData, DataSpec, expression_matrix
@@ -20,8 +20,6 @@ __all__ = ["ModelCells", "check_steps", "fit_expression", "transform_all", "tran
 ModelCells: TypeAlias = (  # in a model's space: in memory, on disk, or made of rows on disk when they are asked for
     Float[np.ndarray, "cells dims"] | Float[StoredCells, "cells dims"] | Float[Derived, "cells dims"]
 )
-
-_CHUNK = 4096  # cells that are read together
 
 
 def check_steps(preprocess: Preprocess, models: str) -> None:
@@ -68,18 +66,18 @@ def transform_all(source: CellSource, transform: Transform, store: Path | None =
         store: a folder for cells of these data, in which they are kept on disk, see `data.store`; the same transform
             finds them there again. None keeps them in memory. The numbers are the same.
     """
-    shape = source.n_cells, transform.n_dims
+    shape, step = (source.n_cells, transform.n_dims), cells_at_once(len(source.feature_names))
 
     def parts() -> Iterator[np.ndarray]:
-        for start in range(0, source.n_cells, _CHUNK):
-            chunk = np.arange(start, min(start + _CHUNK, source.n_cells))
+        for start in range(0, source.n_cells, step):
+            chunk = np.arange(start, min(start + step, source.n_cells))
             yield transform.apply(source.rows(chunk), source.feature_names)
 
     if store is not None:
         return store_cells(store, _key(transform), shape, parts)
     x = np.empty(shape, np.float32)
     for i, part in enumerate(parts()):
-        x[i * _CHUNK : i * _CHUNK + len(part)] = part
+        x[i * step : i * step + len(part)] = part
     return x
 
 

@@ -9,12 +9,11 @@ from jaxtyping import Float, Int
 
 from scjax.check import at_least, finite, one_of, positive, suggestion
 from scjax.config import from_dict, to_dict
-from scjax.data.disk import DiskMatrix, as_sliceable
+from scjax.data.disk import DiskMatrix, as_sliceable, cells_at_once
 from scjax.data.spec import Space
 
 __all__ = ["Preprocess", "Transform", "fit", "most_variable", "preprocess_for"]
 
-_CHUNK = 4096  # cells that are normalised together
 _EIGH = 5000  # genes up to which the eigenvectors of their covariance are quick
 _MOST = 10_000  # genes of which a covariance, 0.8 GB, is made of cells on disk
 
@@ -158,9 +157,9 @@ class Transform:
         return (z if self.components is None else z @ self.components) * self.std
 
     def _normalised(self, x: Any, feature_names: Iterable[str]) -> Iterator[tuple[slice, np.ndarray]]:
-        columns = _columns(self.input_names, _names(x, feature_names))
+        columns = _all_or(_columns(self.input_names, _names(x, feature_names)), x.shape[1])
         position = {name: i for i, name in enumerate(self.input_names)}
-        kept = np.array([position[name] for name in self.feature_names])
+        kept = _all_or(np.array([position[name] for name in self.feature_names]), len(position))
         for rows, part in _chunks(x):
             yield rows, _normalise(part[:, columns], kept, self.target_sum, self.preprocess.log1p)
 
@@ -274,8 +273,9 @@ def _check_steps(preprocess: Preprocess, space: Space) -> None:
 
 def _check_values(name: str, x: Any, space: Space) -> None:
     if isinstance(x, DiskMatrix):
-        for start in range(0, len(x), _CHUNK):
-            stop = min(start + _CHUNK, len(x))
+        step = cells_at_once(x.shape[1])
+        for start in range(0, len(x), step):
+            stop = min(start + step, len(x))
             _check_values(f"{name}[{start}:{stop}]", x[start:stop], space)
         return
     values = np.asarray(x.data if hasattr(x, "indptr") else x)
@@ -421,7 +421,7 @@ def _signed(components: np.ndarray) -> np.ndarray:
     return components * np.where(strongest < 0, -1.0, 1.0)
 
 
-def _normalise(part: np.ndarray, kept: np.ndarray, target_sum: float | None, log1p: bool) -> np.ndarray:
+def _normalise(part: np.ndarray, kept: Any, target_sum: float | None, log1p: bool) -> np.ndarray:
     """`part` holds the input genes, which make the totals; `kept` says which of them stay."""
     if target_sum is not None:
         part = _to_total(part, target_sum)
@@ -439,8 +439,9 @@ def _to_total(part: np.ndarray, target_sum: float) -> np.ndarray:
 def _chunks(x: Any) -> Iterator[tuple[slice, np.ndarray]]:
     """Dense float64 rows, some at a time."""
     x = as_sliceable(x)
-    for start in range(0, x.shape[0], _CHUNK):
-        rows = slice(start, min(start + _CHUNK, x.shape[0]))
+    step = cells_at_once(x.shape[1])
+    for start in range(0, x.shape[0], step):
+        rows = slice(start, min(start + step, x.shape[0]))
         part = x[rows]
         yield rows, np.asarray(part.toarray() if hasattr(part, "toarray") else part, np.float64)
 
@@ -455,6 +456,11 @@ def _names(x: Any, feature_names: Iterable[str]) -> tuple[str, ...]:
         repeated = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"feature_names must be unique; {repeated!r} occurs {names.count(repeated)} times.")
     return names
+
+
+def _all_or(columns: np.ndarray, n: int) -> Any:
+    """A slice where these are all columns in their order, which spares a copy."""
+    return slice(None) if np.array_equal(columns, np.arange(n)) else columns
 
 
 def _columns(wanted: Sequence[str], names: Sequence[str]) -> np.ndarray:

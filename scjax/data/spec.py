@@ -19,7 +19,7 @@ from scjax.data.conditions import (
     read_kinds,
     with_dose,
 )
-from scjax.data.disk import DiskMatrix, as_sliceable
+from scjax.data.disk import DiskMatrix, as_sliceable, cells_at_once
 from scjax.types import Population
 
 __all__ = ["AnnData", "DataSpec", "Space", "expression_matrix", "feature_names"]
@@ -27,7 +27,6 @@ __all__ = ["AnnData", "DataSpec", "Space", "expression_matrix", "feature_names"]
 AnnData: TypeAlias = Any  # anndata.AnnData: imported only where a file is read, it costs half a second
 Space: TypeAlias = Literal["counts", "lognormalised", "latent"]
 
-_CHUNK = 4096  # cells looked at together, so that a check needs little memory besides the data
 _LARGEST_LOG = 20.0  # log1p of five hundred million: no log-normalised value is above
 
 
@@ -587,8 +586,9 @@ def _value_chunks(matrix: Any) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         raise ValueError(f"must be a matrix of numbers; it has shape {matrix.shape} and dtype {matrix.dtype}.")
 
     def chunks() -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        for start in range(0, matrix.shape[0], _CHUNK):
-            part = matrix[start : start + _CHUNK]
+        step = cells_at_once(matrix.shape[1])
+        for start in range(0, matrix.shape[0], step):
+            part = matrix[start : start + step]
             if sparse.issparse(part):
                 yield start, part.data, np.asarray((part != 0).sum(axis=1)).ravel()
             else:

@@ -18,7 +18,7 @@ from scjax import checkpoint
 from scjax.check import at_least, probability
 from scjax.config import to_dict, to_json
 from scjax.data.device import prefetch
-from scjax.data.disk import is_on_disk
+from scjax.data.disk import cells_at_once, is_on_disk
 from scjax.data.leaks import Findings, check_allowed
 from scjax.data.source import open_source
 from scjax.data.spec import AnnData, DataSpec
@@ -53,7 +53,6 @@ __all__ = [
 
 CELLS = "cells"  # in the folder of a run, the prepared cells of data that stay on disk
 FAILED = "failed.json"  # in the folder of a run that met a number that is not finite
-_CHUNK = 4096  # cells that are read together
 
 
 class Task(NamedTuple):
@@ -315,8 +314,9 @@ def data_digest(adata: AnnData, spec: DataSpec, labels: Iterable[bytes]) -> str:
     """Of expression, of what the cells are labelled with, and of feature names; the same for dense and sparse."""
     source = open_source(adata, spec)
     h = hashlib.blake2b(digest_size=16)
-    for start in range(0, source.n_cells, _CHUNK):
-        h.update(source.rows(np.arange(start, min(start + _CHUNK, source.n_cells))).tobytes())
+    step = cells_at_once(len(source.feature_names))
+    for start in range(0, source.n_cells, step):
+        h.update(source.rows(np.arange(start, min(start + step, source.n_cells))).data)
     for label in labels:
         h.update(label)
     h.update("\0".join(source.feature_names).encode())

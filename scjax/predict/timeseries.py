@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from scjax.check import at_least, increasing
 from scjax.checkpoint import Checkpoint
 from scjax.config import from_dict
-from scjax.data.disk import is_on_disk
+from scjax.data.disk import cells_at_once, is_on_disk
 from scjax.data.expression import transform_all
 from scjax.data.preprocess import Transform
 from scjax.data.source import open_source
@@ -26,7 +26,6 @@ from scjax.types import Params
 
 __all__ = ["TrainedTimeSeries", "interaction_scores", "predict", "project", "simulate_cells", "velocity"]
 
-_CELLS = 4096  # cells that are genes at once, while they are written
 _SAME = 1e-6  # relative: a column stored as float32 holds 0.1 as 0.100000001
 _SPACE = "normalised expression in X, the model's space in obsm['X_latent']"
 
@@ -173,7 +172,7 @@ def predicting(
     )
 
     def parts() -> Iterator[Part]:
-        for rows in _chunks(len(latent)):
+        for rows in _chunks(len(latent), len(trained.transform.feature_names)):
             yield Part(trained.transform.inverse(latent[rows]), obs.iloc[rows], {"X_latent": latent[rows]})
 
     return Prediction(
@@ -209,7 +208,7 @@ def predicting_velocity(trained: TrainedTimeSeries, adata: AnnData) -> Predictio
     source, ours = open_source(adata, trained.spec), ("X_latent", "velocity_latent")
 
     def parts() -> Iterator[Part]:
-        for rows in _chunks(len(latent)):
+        for rows in _chunks(len(latent), len(source.feature_names)):
             x = source.rows(np.arange(len(latent))[rows])
             yield Part(
                 trained.transform.normalise(x, source.feature_names).astype(np.float32),
@@ -251,9 +250,10 @@ def interaction_scores(
     )
 
 
-def _chunks(n: int) -> Iterator[slice]:
-    for start in range(0, n, _CELLS):
-        yield slice(start, min(start + _CELLS, n))
+def _chunks(n: int, n_genes: int) -> Iterator[slice]:
+    step = cells_at_once(n_genes)
+    for start in range(0, n, step):
+        yield slice(start, min(start + step, n))
 
 
 @partial(jax.jit, static_argnames=("ts", "config"))
