@@ -373,7 +373,7 @@ def _sized(config: perturbdiff.Config, data: CellSetData) -> perturbdiff.Config:
 
 
 def _without_space(batch_at: Callable[[int], Any]) -> Callable[[int], Any]:
-    return lambda step: replace(batch_at(step), space=None)
+    return lambda step, share=None: replace(batch_at(step, share), space=None)
 
 
 def _trained_names(data: CellSetData, sampling: CellSetSampling) -> dict[str, list[Any]]:

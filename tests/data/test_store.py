@@ -155,3 +155,45 @@ def test_a_flipped_column_is_not_silent(tmp_path):
         file.write(b"\xff")
     with pytest.raises(OSError, match="columns.npy holds columns beyond 9: it is damaged"):
         kept[np.array([int(np.flatnonzero(x.any(axis=1))[-1])])]
+
+
+def test_each_host_reads_its_own_cells_of_a_batch(tmp_path, monkeypatch):
+    """The shares of two hosts together are the batch of one, and no row is read by both."""
+    import anndata
+    import pandas as pd
+
+    from scjax.data.cellsets import prepare_cell_sets
+    from scjax.data.collate import make_cell_set_batches, make_paired_batches
+    from scjax.data.perturbation import prepare_perturbation
+    from scjax.data.preprocess import Preprocess
+    from scjax.data.sampling import CellSetSampling, PairedSampling
+    from scjax.data.spec import DataSpec
+    from scjax.data.splits import HoldOutNone
+
+    rng = np.random.default_rng(0)
+    obs = pd.DataFrame({"drug": np.resize(["ctrl", "a", "b"], 60)}, index=[f"c{i}" for i in range(60)])
+    adata = anndata.AnnData(rng.poisson(2.0, (60, 12)).astype(np.float32), obs=obs)
+    spec, steps = DataSpec(space="counts", perturbation="drug"), Preprocess(scale=False, n_components=None)
+    sets = prepare_cell_sets(adata, spec, HoldOutNone(), steps, store=tmp_path / "sets")
+    pairs = prepare_perturbation(adata, spec, HoldOutNone(), steps, store=tmp_path / "pairs")
+    of_sets = make_cell_set_batches(sets, CellSetSampling(n_sets=4, n_cells=5), seed=0)
+    of_pairs = make_paired_batches(pairs, PairedSampling(n_populations=2, n_cells=6, n_genes=7), seed=0)
+    n_read = []
+    gathered = StoredCells._picked
+    monkeypatch.setattr(StoredCells, "_picked", lambda self, rows: n_read.append(len(rows)) or gathered(self, rows))
+    for batch_at, names in ((of_sets, ("cells", "control")), (of_pairs, ("source", "target"))):
+        whole = batch_at(3)
+        n_whole, n_read[:] = sum(n_read), []
+        halves = [
+            batch_at(
+                3, lambda shape, k=k: (slice(k * shape[0] // 2, (k + 1) * shape[0] // 2), slice(None), slice(None))
+            )
+            for k in range(2)
+        ]
+        assert sum(n_read) == n_whole > 0
+        n_read[:] = []
+        for name in names:
+            one, other = (getattr(half, name) for half in halves)
+            np.testing.assert_array_equal(one + other, getattr(whole, name))
+            assert not one[len(one) // 2 :].any()
+            assert not other[: len(other) // 2].any()
