@@ -427,6 +427,7 @@ def predicting(
         genes=tuple(name for name, kept in zip(trained.genes, genes, strict=True) if kept),
         parts=parts,
         uns={"scjax": told},
+        categories=True,
     )
 
 

@@ -42,6 +42,8 @@ class Prediction:
         obsm: the widths of what each part has in obsm, by name.
         layers: the names of what each part has in layers.
         tables: further entries of obsm, of all cells.
+        categories: columns of words in obs become categories, which are known when all cells are made. Files have them
+            anyway.
     """
 
     n_cells: int
@@ -51,15 +53,17 @@ class Prediction:
     obsm: Mapping[str, int] = field(default_factory=dict)
     layers: tuple[str, ...] = ()
     tables: Mapping[str, Any] = field(default_factory=dict)
+    categories: bool = False
 
     def in_memory(self) -> AnnData:
         import anndata
         import pandas as pd
 
         parts = list(self.parts())
+        obs = pd.concat([part.obs for part in parts])
         made = anndata.AnnData(
             X=np.concatenate([part.x for part in parts]),
-            obs=as_written(pd.concat([part.obs for part in parts])),
+            obs=as_written(obs) if self.categories else obs,
             var=pd.DataFrame(index=list(self.genes)),
             layers={name: np.concatenate([part.layers[name] for part in parts]) for name in self.layers},
             uns=dict(self.uns),

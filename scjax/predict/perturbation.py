@@ -412,7 +412,7 @@ def predicting(
         **{f.name: getattr(generation, f.name) for f in fields(generation)},
     )
     n_cells = len(populations) * generation.n_cells
-    return Prediction(n_cells=n_cells, genes=genes, parts=parts, uns={"scjax": told})
+    return Prediction(n_cells=n_cells, genes=genes, parts=parts, uns={"scjax": told}, categories=True)
 
 
 @partial(jax.jit, static_argnames=("config", "solver", "n_steps", "guidance", "weights"))

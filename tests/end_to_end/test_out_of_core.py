@@ -98,7 +98,7 @@ def assert_same_cells(found, wanted):
     assert list(found.obs) == list(wanted.obs)
     for column in wanted.obs:
         assert list(found.obs[column]) == list(wanted.obs[column])
-        assert found.obs[column].dtype.kind == wanted.obs[column].dtype.kind
+        assert (found.obs[column].dtype.kind == wanted.obs[column].dtype.kind) or found.obs[column].dtype == "category"
     assert set(found.obsm) == set(wanted.obsm)
     for key in wanted.obsm:
         np.testing.assert_array_equal(found.obsm[key], wanted.obsm[key])
