@@ -715,7 +715,7 @@ def _stays_on_disk(given: Sequence[str], on_disk: bool, in_memory: bool) -> bool
 
 
 def _size(path: Path) -> int:
-    if path.is_dir():
+    if path.is_dir() and path.suffix == ".zarr":
         return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     return path.stat().st_size if path.exists() else 0  # reading says what is wrong
 
