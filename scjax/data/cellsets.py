@@ -293,7 +293,7 @@ def prepare_cell_sets(
     absent: Absent = "error",
     unmatched: Unmatched = "fallback",
     control_seed: int | None = None,
-    store: Path | None = None,
+    store: str | Path | None = None,
 ) -> CellSetData:
     """Check, split by `rule`, fit `preprocess` on the training cells, transform every cell, find every cell's controls.
 

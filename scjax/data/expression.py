@@ -9,17 +9,16 @@ from typing import Any, TypeAlias
 import numpy as np
 from jaxtyping import Float, Int
 
-from scjax.data.disk import Derived, Subset, cells_at_once, is_on_disk
+from scjax.data.disk import Derived, DiskMatrix, Subset, cells_at_once, is_on_disk
 from scjax.data.preprocess import Preprocess, Transform, fit
 from scjax.data.source import CellSource, open_source
 from scjax.data.spec import AnnData, DataSpec, expression_matrix
-from scjax.data.store import StoredCells, store_cells
+from scjax.data.store import store_cells
 
 __all__ = ["ModelCells", "check_steps", "fit_expression", "transform_all", "transformed"]
 
-ModelCells: TypeAlias = (  # in a model's space: in memory, on disk, or made of rows on disk when they are asked for
-    Float[np.ndarray, "cells dims"] | Float[StoredCells, "cells dims"] | Float[Derived, "cells dims"]
-)
+# In a model's space: in memory, or read (and transformed) when they are asked for.
+ModelCells: TypeAlias = Float[np.ndarray, "cells dims"] | Float[DiskMatrix, "cells dims"]
 
 
 def check_steps(preprocess: Preprocess, models: str) -> None:
@@ -39,7 +38,7 @@ def fit_expression(
     train_rows: Int[np.ndarray, " n"],
     *,
     forced: tuple[str, ...] = (),
-    store: Path | None = None,
+    store: str | Path | None = None,
 ) -> tuple[Transform, ModelCells]:
     """The steps fitted on the cells of training, and all cells of `adata` transformed.
 
@@ -59,7 +58,7 @@ def fit_expression(
     return transform, transform_all(source, transform, store)
 
 
-def transform_all(source: CellSource, transform: Transform, store: Path | None = None) -> ModelCells:
+def transform_all(source: CellSource, transform: Transform, store: str | Path | None = None) -> ModelCells:
     """Every cell in the model's space, read in parts.
 
     Args:

@@ -80,7 +80,7 @@ def prepare_perturbation(
     graph: GraphRule | None = None,
     *,
     force_perturbed: bool = True,
-    store: Path | None = None,
+    store: str | Path | None = None,
 ) -> PerturbationData:
     """Check, split by `rule`, fit `preprocess` and the gene graph on the training populations, transform every cell.
 

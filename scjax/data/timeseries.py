@@ -91,7 +91,7 @@ def prepare_time_series(
     preprocess: Preprocess,
     *,
     time_scale: TimeScale = "real",
-    store: Path | None = None,
+    store: str | Path | None = None,
 ) -> TimeSeriesData:
     """Check, split by `rule`, fit `preprocess` on the cells of the training times, project every cell.
 

@@ -17,8 +17,9 @@ from scjax.cli import main
 from scjax.data.disk import CellsOnDisk
 from scjax.data.source import read_anndata
 from scjax.data.store import StoredCells
-from scjax.experiment import digest_of, train, train_seeds
+from scjax.experiment import digest_of, evaluate, report_of, train, train_seeds
 from scjax.experiment import run as experiment_run
+from scjax.metrics.perturbation_report import DEFAULT_METRICS
 from scjax.train.hooks import Hook
 
 KINDS = {
@@ -180,6 +181,17 @@ def test_sources_on_disk_are_joined_as_in_memory(tmp_path):
         predict.predict(trained, [("one", cells), ("other", other)], ["A"], **options).X,
         predict.predict(trained, [("one", one), ("other", other)], ["A"], **options).X,
     )
+
+
+def test_evaluation_of_cells_on_disk(tmp_path, perturbation_run):
+    """It reads the populations that it compares; the numbers are those in memory."""
+    cells = on_disk(tiny_perturbation.make_adata(), tmp_path / "cells.h5ad")
+    metrics = {"l2": DEFAULT_METRICS["l2"]}
+    found, wanted = (
+        evaluate([perturbation_run.workdir], adata, metrics=metrics, n_draws=1)[0]
+        for adata in (cells, tiny_perturbation.make_adata())
+    )
+    assert report_of(found).render(found) == report_of(wanted).render(wanted)
 
 
 def test_seeds_share_the_prepared_cells(tmp_path):
