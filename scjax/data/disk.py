@@ -32,7 +32,7 @@ Rows: TypeAlias = Any  # a slice with step 1, or int[n], or bool[cells]
 _GAP = 4  # rows from one wanted one to the next, up to which those between are read along
 _FEW = 4  # wanted rows of a request, below which their numbers are handed to the reader instead
 _SPAN = 8192  # rows that are read in one request at most
-_CELLS, _VALUES = 4096, 2**24  # that are in memory at once; as float64 these take 128 MiB
+_CELLS, _VALUES = 4096, 2**22  # that are in memory at once; as float64 these take 32 MiB
 
 
 class DiskMatrix:
