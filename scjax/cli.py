@@ -23,9 +23,11 @@ from scjax.types import Population
 
 __all__ = ["main"]
 
+_LARGE = 4 * 2**30  # bytes of files above which data stay on disk
 _FEW, _MANY = 20, 30  # values of a column that are all told; that are told of more
 
 _Data: TypeAlias = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="[NAME=]FILE")]
+_Flag: TypeAlias = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 _Settings: TypeAlias = Annotated[tyro.conf.AvoidSubcommands[Experiment], tyro.conf.arg(name="")]
 
 
@@ -62,8 +64,10 @@ class Train:
         config: a JSON file of settings, as `scjax show NAME --settings` prints it.
         set: any setting by its dotted name; repeatable. Also another kind of split, by
             --set split.kind=HoldOutTimes --set 'split.times=[2, 4]'
-        data: .h5ad or .zarr; repeatable for cell sets, as sources named by their files, or by NAME (files of one name
-            are one source).
+        data: .h5ad or .zarr; repeatable: files of the same genes that are read as one, or for cell sets sources named
+            by their files, or by NAME (files of one name are one source).
+        on_disk: leave the data on disk, whatever their size; without this option files of more than 4 GiB stay there.
+        in_memory: read the data into memory, whatever their size.
         out: folder of the run; a new one, unless --resume.
         resume: continue the run in `out`, with the same data; its settings are read from there unless given.
         step: of the checkpoint to resume from; the newest if left out.
@@ -84,6 +88,8 @@ class Train:
     config: Path | None = None
     set: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="KEY=VALUE")] = ()
     data: _Data = ()
+    on_disk: _Flag = False
+    in_memory: _Flag = False
     out: Path
     resume: bool = False
     step: int | None = None
@@ -107,7 +113,8 @@ class Train:
         shared = None if self.devices is None and not several else mesh.make_mesh(self.devices)
         if first:
             self.announce()
-        adata = hosts.together(lambda: _read_data(self.data, self.experiment.kind), "Reading the data")
+        on_disk = _stays_on_disk(self.data, self.on_disk, self.in_memory)
+        adata = hosts.together(lambda: _read_data(self.data, self.experiment.kind, on_disk=on_disk), "Reading the data")
         bar = Progress(self.experiment.cells_per_step, force=True)
         options = {"keep": self.keep, "mesh": shared, "shard_above": self.shard_above}
         done = train(self.experiment, adata, self.out, resume=self.resume, step=self.step, hooks=[bar], **options)
@@ -126,7 +133,7 @@ class Train:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Predict:
-    """Predict cells that nobody observed; writes an .h5ad. What is asked for depends on the kind of the run.
+    """Predict cells that nobody observed; writes .h5ad or .zarr. What is asked for depends on the kind of the run.
 
     A run on a time series takes --times (or --velocity), a run on perturbations or on cell sets --conditions and those
     of the options after it that are marked with its kind, or with neither.
@@ -134,8 +141,11 @@ class Predict:
     Attributes:
         run: folder of the trained run.
         data: .h5ad or .zarr with the cells to start from: those of the first training time, or controls. Repeatable for
-            runs on cell sets of several sources, which are told by NAME, else by the file's name.
-        out: the .h5ad to write; an existing file is not overwritten.
+            runs on cell sets of several sources, which are told by NAME, else by the file's name; for others, files of
+            the same genes are read as one.
+        on_disk: leave the data on disk, whatever their size; without this option files of more than 4 GiB stay there.
+        in_memory: read the data into memory, whatever their size.
+        out: the .h5ad or .zarr to write, as the cells are made; nothing that exists is overwritten.
         n_cells: of the simulated population, each first cell once if left out; or of each condition and context, the
             run's own number if left out.
         seed: of the noise, and of the draw of cells.
@@ -161,6 +171,8 @@ class Predict:
 
     run: Path
     data: _Data = ()
+    on_disk: _Flag = False
+    in_memory: _Flag = False
     out: Path
     n_cells: int | None = None
     seed: int = 0
@@ -183,28 +195,30 @@ class Predict:
     eta: float | None = None
 
     def execute(self) -> None:
-        _check_out(self.out, ".h5ad")
+        from scjax.data.writer import check_new_file
+        from scjax.predict.timeseries import predicting_velocity
+
+        check_new_file(self.out)
         trained = predict.load(self.run, self.step)
         kind = trained.about["experiment"]["kind"]
         self.check_options(kind)
         title = predict.model_title(trained.config)
         told = f"predict with {title}, run {trained.about['run']}, step {trained.step}: settings in {self.run}"
         _announce(told, self.verbose, self, trained.about["experiment"])
-        adata = _read_data(self.data, kind, trained.about)
+        on_disk = _stays_on_disk(self.data, self.on_disk, self.in_memory)
+        adata = _read_data(self.data, kind, trained.about, on_disk=on_disk)
         if self.velocity:
-            written = predict.velocity(trained, adata)
+            made = predicting_velocity(trained, adata)
         elif kind == "TimeSeriesExperiment":
-            written = predict.predict(trained, adata, self.times, n_cells=self.n_cells, seed=self.seed)
+            made = predict.predicting(trained, adata, self.times, n_cells=self.n_cells, seed=self.seed)
         else:
             options = ("contexts", "n_cells", "seed", "on_unknown", *_HOW, *_OPTIONS[kind])
             given = {name: getattr(self, name) for name in options}
             given = {name: None if value == () else value for name, value in given.items()}
-            written = predict.predict(trained, adata, self.conditions, **given)
-            for name, stand_in in json.loads(written.uns["scjax"]["replaced"]).items():
+            made = predict.predicting(trained, adata, self.conditions, **given)
+            for name, stand_in in json.loads(made.uns["scjax"]["replaced"]).items():
                 print(f"{name} was in no training population; in its place: {stand_in}")
-        beside = self.out.with_name(self.out.name + ".part")  # a file under its own name is a whole one
-        written.write_h5ad(beside)
-        beside.rename(self.out)
+        written = made.write(self.out)
         print(f"{written.n_obs} cells x {written.n_vars} genes from step {trained.step} written to {self.out}")
 
     def check_options(self, kind: str) -> None:
@@ -730,7 +744,27 @@ def _about(run: Path) -> dict[str, Any]:
     return checkpoint.read_about(run / "checkpoints" if (run / "checkpoints").is_dir() else run)
 
 
-def _read_data(given: Sequence[str], kind: str, about: dict[str, Any] | None = None) -> Any:
+def _stays_on_disk(given: Sequence[str], on_disk: bool, in_memory: bool) -> bool:
+    if on_disk and in_memory:
+        raise ValueError("--on-disk and --in-memory exclude each other; give one.")
+    if on_disk or in_memory:
+        return on_disk
+    size = sum(_size(_named_path(one)[1]) for one in given)
+    if size > _LARGE:
+        print(
+            f"{size / 2**30:.1f} GiB of data stay on disk (more than {_LARGE >> 30}; --in-memory reads them)",
+            flush=True,
+        )
+    return size > _LARGE
+
+
+def _size(path: Path) -> int:
+    if path.is_dir() and path.suffix == ".zarr":
+        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    return path.stat().st_size if path.exists() else 0  # reading says what is wrong
+
+
+def _read_data(given: Sequence[str], kind: str, about: dict[str, Any] | None = None, *, on_disk: bool = False) -> Any:
     """One AnnData, or for cell sets of named sources a list of them with their names.
 
     `about`: of the run that is to read them; without one, a single file without a name is no named source.
@@ -742,20 +776,20 @@ def _read_data(given: Sequence[str], kind: str, about: dict[str, Any] | None = N
         named.append(_named_path(one))
     has_name = any(name for name, _ in named)
     if kind != "CellSetExperiment":
-        if len(named) > 1 or has_name:
-            raise ValueError(f"--data {' --data '.join(given)}: named or several files are for cell sets only.")
-        return _read(named[0][1])
+        if has_name:
+            raise ValueError(f"--data {' --data '.join(given)}: named files are for cell sets only.")
+        return _read([file for _, file in named] if len(named) > 1 else named[0][1], on_disk)
     is_one = len(named) == 1 and not has_name if about is None else about["names"]["sources"] == [""]
     if is_one and len(named) == 1:
-        return _read(named[0][1])
-    return [(name or file.stem, _read(file)) for name, file in named]
+        return _read(named[0][1], on_disk)
+    return [(name or file.stem, _read(file, on_disk)) for name, file in named]
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path | list[Path], on_disk: bool = False) -> Any:
     from scjax.data.source import read_anndata
 
     try:
-        return read_anndata(path)
+        return read_anndata(path, backed=on_disk)
     except (ValueError, OSError):
         raise
     except Exception as err:  # whatever anndata says about an element that it cannot read; the note names the file

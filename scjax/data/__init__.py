@@ -25,5 +25,10 @@ and for sets of cells these:
     data = prepare_cell_sets(data, spec, rule, steps, absent="zero")   cellsets: ids of covariates, pools of controls
     batch_at = make_cell_set_batches(data, CellSetSampling(), seed=0)  sets of one group, a control for each cell
 
+and where the cells do not fit into memory these:
+
+    adata = read_anndata(["a.zarr", "b.h5ad"], backed=True)            disk: matrices stay there, rows are read in parts
+    data = prepare_time_series(adata, ..., store="cells/")             store: the model's space on disk; batches from it
+
 Models see the batches; AnnData stays here. `synthetic` makes populations whose answers are known.
 """

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
@@ -11,10 +12,10 @@ from jaxtyping import Bool, Float, Int
 
 from scjax.check import at_least, one_of, suggestion
 from scjax.data.conditions import CONTROL, dose_of
-from scjax.data.expression import check_steps, fit_expression
+from scjax.data.expression import ModelCells, check_steps, fit_expression, transformed
 from scjax.data.preprocess import Preprocess, Transform
 from scjax.data.sampling import CovariateRole
-from scjax.data.source import SOURCE, Absent, as_joined, join, open_source
+from scjax.data.source import SOURCE, Absent, as_joined, join
 from scjax.data.spec import AnnData, DataSpec, feature_names
 from scjax.data.splits import (
     HoldOutContexts,
@@ -158,6 +159,7 @@ class CellSetData:
 
     Attributes:
         x: float32[cells, genes], the kept genes, log-normalised; row i is cell i of the AnnData, or of the joined ones.
+            In memory, or read from disk as they are indexed.
         covariates: int32[cells] by role: "perturbation" (0 is the control), and "cell_type", "batch", "dose" (rank)
             where the spec names them.
         names: of these ids.
@@ -174,7 +176,7 @@ class CellSetData:
         cell_type_vectors: float32[cell types, features], in the order of `names.cell_type`.
     """
 
-    x: Float[np.ndarray, "cells genes"]
+    x: ModelCells
     covariates: dict[str, Int[np.ndarray, " cells"]]
     names: CovariateNames
     populations: tuple[Population, ...]
@@ -291,6 +293,7 @@ def prepare_cell_sets(
     absent: Absent = "error",
     unmatched: Unmatched = "fallback",
     control_seed: int | None = None,
+    store: str | Path | None = None,
 ) -> CellSetData:
     """Check, split by `rule`, fit `preprocess` on the training cells, transform every cell, find every cell's controls.
 
@@ -304,6 +307,7 @@ def prepare_cell_sets(
         control_seed: None lets all parts use all controls, as the code does by default: those of a held-out context are
             then seen in training. A seed divides the controls of each held-out context between the parts, in proportion
             to its cells; 42 gives the code's division.
+        store: a folder of these data's own that keeps the transformed cells on disk, see `data.store`; None: memory.
 
     Raises:
         ValueError: all that `spec.check`, `join`, `split_populations` and `preprocess.fit` find; a scaling or a PCA;
@@ -336,7 +340,7 @@ def prepare_cell_sets(
     part = part_of_cells(split, populations, population_of, spec, control_seed)
 
     train_rows = np.flatnonzero(np.isin(part, (0, _SHARED)))
-    transform, x = fit_expression(adata, spec, preprocess, train_rows)
+    transform, x = fit_expression(adata, spec, preprocess, train_rows, store=store)
     kept = {name: i for i, name in enumerate(feature_names(adata, spec))}
     columns = [kept[name] for name in transform.feature_names]
 
@@ -365,13 +369,13 @@ class ControlCells(NamedTuple):
     """The control cells of one context, for predictions.
 
     Attributes:
-        x: in the model's space.
+        x: in the model's space; of cells on disk, when they are asked for.
         names: of the cells.
         covariates: int32[cells] of the roles that the context does not tell, from the cells themselves: a generated
             cell is of the batch of the control cell that it is given.
     """
 
-    x: Float[np.ndarray, "cells genes"]
+    x: ModelCells
     names: np.ndarray
     covariates: dict[str, Int[np.ndarray, " cells"]]
 
@@ -437,9 +441,7 @@ def read_control_cells(
             for role, key in (("cell_type", spec.cell_type), ("batch", spec.batch))
             if key is not None and role not in told
         }
-        matrix = open_source(cells, spec)
-        x = transform.apply(matrix.rows(np.arange(matrix.n_cells)), matrix.feature_names)
-        found[context] = ControlCells(x, cells.obs_names.to_numpy(), own)
+        found[context] = ControlCells(transformed(cells, spec, transform), cells.obs_names.to_numpy(), own)
     return found
 
 

@@ -1,7 +1,7 @@
 """Rows to batches of static shape."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -10,6 +10,7 @@ from scjax.batches import CellSetBatch, PairedBatch, TimeSeriesBatch
 from scjax.check import one_of
 from scjax.data.cellsets import CellSetData
 from scjax.data.conditions import EmbeddingKind
+from scjax.data.expression import ModelCells
 from scjax.data.perturbation import PerturbationData
 from scjax.data.sampling import (
     CellSetSampling,
@@ -22,13 +23,18 @@ from scjax.data.sampling import (
 from scjax.data.timeseries import TimeSeriesData
 from scjax.types import Population
 
-__all__ = ["make_batches", "make_cell_set_batches", "make_paired_batches", "optimal_pairs", "pad_populations"]
+__all__ = ["Share", "make_batches", "make_cell_set_batches", "make_paired_batches", "optimal_pairs", "pad_populations"]
+
+# Of cells [groups, cells, genes], given their shape: the slices that this process needs. `make_paired_batches` and
+# `make_cell_set_batches` make batches that take one, `batch_at(step, share)`: other cells are not read and stay 0. So
+# each of several hosts reads its own cells of a batch that all of them know the rows of.
+Share: TypeAlias = Callable[[tuple[int, ...]], tuple[slice, ...]]
 
 _CONTROL_STREAM = 1  # of random numbers, besides that of the sets
 
 
 def pad_populations(
-    latent: Float[np.ndarray, "cells dims"], populations: tuple[Int[np.ndarray, " _"], ...]
+    latent: ModelCells, populations: tuple[Int[np.ndarray, " _"], ...]
 ) -> tuple[Float[np.ndarray, "times target_cells dims"], Float[np.ndarray, "times target_cells"]]:
     """Populations of unequal size as one array, and the mass of each cell.
 
@@ -115,9 +121,11 @@ def make_paired_batches(
     ids = data.vocabulary.encode([p.perturbation for p in drawn], "gene" if kind == "gene" else "table", data.n_slots)
     tokens = data.vocabulary.gene_tokens(data.transform.feature_names)
 
-    def batch_at(step: int) -> PairedBatch:
+    def batch_at(step: int, share: Share | None = None) -> PairedBatch:
         rows = paired_rows(targets, sources, data.n_genes, sampling, seed=seed, step=step)
-        source, target = (data.x[r[..., None], rows.genes] for r in (rows.source, rows.target))
+        if sampling.coupling == "ot":
+            share = None  # who is paired with whom is a matter of all cells
+        source, target = (_cells(data.x, r, share, rows.genes) for r in (rows.source, rows.target))
         if sampling.coupling == "ot":
             source = np.stack([x0[optimal_pairs(x0, x1)] for x0, x1 in zip(source, target, strict=True)])
         return PairedBatch(source=source, target=target, perturbation=ids[rows.populations], genes=tokens[rows.genes])
@@ -165,16 +173,16 @@ def make_cell_set_batches(
     all_measured = bool(data.measured.all())
     rows_at = cell_set_rows(groups, sampling, seed=seed)
 
-    def batch_at(step: int) -> CellSetBatch:
+    def batch_at(step: int, share: Share | None = None) -> CellSetBatch:
         rows, mask, _ = rows_at(step)
         if sampling.controls == "zeros":
             control = np.zeros((*rows.shape, data.n_genes), data.x.dtype)
         else:
             rng = np.random.default_rng([seed, step, _CONTROL_STREAM])
-            control = data.x[data.pools.draw(rng, rows)]
+            control = _cells(data.x, data.pools.draw(rng, rows), share)
         source = data.source[rows[:, 0]]
         return CellSetBatch(
-            cells=data.x[rows],
+            cells=_cells(data.x, rows, share),
             control=control,
             covariates={r: ids[rows[:, 0] if constant[r] else rows] for r, ids in data.covariates.items()},
             mask=mask,
@@ -184,6 +192,22 @@ def make_cell_set_batches(
 
     batch_at(0)  # what does not fit is an error here, not later in a thread
     return batch_at
+
+
+def _cells(
+    x: ModelCells,
+    rows: Int[np.ndarray, "groups within"],
+    share: Share | None,
+    genes: Int[np.ndarray, " g"] | None = None,
+) -> Float[np.ndarray, "groups within genes"]:
+    n_genes = x.shape[1] if genes is None else len(genes)
+    if share is not None:
+        out = np.zeros((*rows.shape, n_genes), x.dtype)
+        part = share(out.shape)
+        out[part[:2]] = _cells(x, rows[part[:2]], None, genes)
+        return out
+    found = x[rows]
+    return found if genes is None else np.ascontiguousarray(found[..., genes])
 
 
 def optimal_pairs(

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, UInt64
 
 from scjax.data.conditions import CONTROL, canonical_parts, trained_names
+from scjax.data.disk import DiskMatrix, Subset, as_sliceable
 from scjax.data.preprocess import Transform, fit
 from scjax.data.spec import AnnData, DataSpec, expression_matrix, feature_names
 from scjax.data.splits import HoldOutContexts, PerturbationSplit, TimeSplit
@@ -159,12 +160,9 @@ class Evidence:
 
     @cached_property
     def matrix(self) -> Any:
-        from scipy import sparse
-
-        matrix = expression_matrix(self.adata, self.spec)
-        if not sparse.issparse(matrix):
-            return np.asarray(matrix)
-        matrix = matrix.tocsr()
+        matrix = as_sliceable(expression_matrix(self.adata, self.spec))
+        if not hasattr(matrix, "indptr"):
+            return matrix  # on disk: what is read is in canonical format
         if not matrix.has_canonical_format:  # a value in two pieces; the user's own stays as it is
             matrix = matrix.copy()
             matrix.sum_duplicates()
@@ -172,6 +170,8 @@ class Evidence:
 
     def rows(self, rows: np.ndarray) -> Any:
         """As the fits of this package get them, to the last digit: sparse as they are, else (and in series) float32."""
+        if isinstance(self.matrix, DiskMatrix):
+            return Subset(self.matrix, rows, None if self.matrix.is_sparse and not self.is_series else np.float32)
         part = self.matrix[rows]
         return part if hasattr(part, "indptr") and not self.is_series else part.astype(np.float32)
 

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from scjax.check import at_least
+from scjax.data.disk import as_sliceable
 from scjax.data.vocabulary import Vocabulary
 
 __all__ = ["GraphRule", "coexpression", "neighbour_table"]
@@ -40,9 +41,10 @@ class GraphRule:
 def coexpression(x_train: Any, rule: GraphRule) -> Bool[np.ndarray, "genes genes"]:
     """Which gene (row) may attend to which (column): symmetric, and True on the diagonal.
 
-    `x_train`: log-normalised training cells, controls and perturbed ones, cells x genes, an array or a SciPy sparse
-    matrix. Correlations are Pearson's, in float64; negative values count as 0. A gene that does not vary has no
-    neighbours, whatever its level. An edge of correlation 0 is none. Memory is one float64[genes, genes].
+    `x_train`: log-normalised training cells, controls and perturbed ones, cells x genes, an array, a SciPy sparse
+    matrix or a `disk.DiskMatrix`. Correlations are Pearson's, in float64; negative values count as 0. A gene that does
+    not vary has no neighbours, whatever its level. An edge of correlation 0 is none. Memory is one float64[genes,
+    genes].
 
     Raises:
         ValueError: no matrix, fewer than two cells, or values that are not finite.
@@ -93,16 +95,15 @@ def neighbour_table(
 
 def _correlation(x: Any, log1p: bool) -> Float[np.ndarray, "genes genes"]:
     """Of each pair of genes; 0 on the diagonal and wherever a gene does not vary."""
-    from scipy import sparse
     from scipy.linalg.blas import dsyrk
 
-    x = x.tocsr() if sparse.issparse(x) else np.asarray(x)
+    x = as_sliceable(x)
     n_cells, n_genes = x.shape
 
     def chunks():
         for start in range(0, n_cells, _CELLS):
             part = x[start : start + _CELLS]
-            part = np.maximum(part.toarray() if sparse.issparse(part) else part, 0).astype(np.float64)
+            part = np.maximum(part.toarray() if hasattr(part, "toarray") else part, 0).astype(np.float64)
             yield np.log1p(part) if log1p else part
 
     mean = sum(part.sum(axis=0) for part in chunks()) / n_cells

@@ -1,13 +1,15 @@
 """Perturbation data ready for a model: every cell in the model's space, by population, under a split."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from scjax.check import suggestion
 from scjax.data.conditions import CONTROL, trained_names
-from scjax.data.expression import check_steps, fit_expression
+from scjax.data.disk import Subset, is_on_disk
+from scjax.data.expression import ModelCells, check_steps, fit_expression
 from scjax.data.graph import GraphRule, coexpression, neighbour_table
 from scjax.data.preprocess import Preprocess, Transform
 from scjax.data.spec import AnnData, DataSpec, feature_names
@@ -24,7 +26,7 @@ class PerturbationData:
 
     Attributes:
         x: float32[cells, genes], the kept genes, log-normalised (or what the data are, without normalisation); row i is
-            cell i of the AnnData.
+            cell i of the AnnData. In memory, or read from disk as they are indexed.
         populations: sorted, controls first.
         rows: for each of `populations`, the rows of its cells, increasing.
         split: which of `populations` training sees; all controls are among them.
@@ -35,7 +37,7 @@ class PerturbationData:
             DataSpec names them; the control's is 0 unless given.
     """
 
-    x: Float[np.ndarray, "cells genes"]
+    x: ModelCells
     populations: tuple[Population, ...]
     rows: tuple[Int[np.ndarray, " _"], ...]
     split: PerturbationSplit
@@ -78,6 +80,7 @@ def prepare_perturbation(
     graph: GraphRule | None = None,
     *,
     force_perturbed: bool = True,
+    store: str | Path | None = None,
 ) -> PerturbationData:
     """Check, split by `rule`, fit `preprocess` and the gene graph on the training populations, transform every cell.
 
@@ -85,6 +88,7 @@ def prepare_perturbation(
         preprocess: without scaling and PCA: the models work on expression itself.
         graph: None takes the defaults of GraphRule.
         force_perturbed: keep the measured perturbed genes, held-out ones too, however little they vary.
+        store: a folder of these data's own that keeps the transformed cells on disk, see `data.store`; None: memory.
 
     Raises:
         ValueError: all that `spec.check`, `split_populations` and `preprocess.fit` find; a scaling or a PCA.
@@ -99,9 +103,10 @@ def prepare_perturbation(
     measured = set(feature_names(adata, spec))
     names = trained_names(populations)  # of all populations: a name tells nothing about its cells
     forced = tuple(name for name in names if name in measured) if force_perturbed else ()
-    transform, x = fit_expression(adata, spec, preprocess, train_rows, forced=forced)
+    transform, x = fit_expression(adata, spec, preprocess, train_rows, forced=forced, store=store)
     vocabulary = Vocabulary.of(transform.feature_names, names)
-    allowed = coexpression(x[train_rows], graph or GraphRule())
+    x_train = Subset(x, train_rows) if is_on_disk(x) else x[train_rows]
+    allowed = coexpression(x_train, graph or GraphRule())
     return PerturbationData(
         x=x,
         populations=populations,

@@ -9,12 +9,13 @@ from jaxtyping import Float, Int
 
 from scjax.check import at_least, finite, one_of, positive, suggestion
 from scjax.config import from_dict, to_dict
+from scjax.data.disk import DiskMatrix, as_sliceable, cells_at_once
 from scjax.data.spec import Space
 
 __all__ = ["Preprocess", "Transform", "fit", "most_variable", "preprocess_for"]
 
-_CHUNK = 4096  # cells that are normalised together
 _EIGH = 5000  # genes up to which the eigenvectors of their covariance are quick
+_MOST = 10_000  # genes of which a covariance, 0.8 GB, is made of cells on disk
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,9 +160,9 @@ class Transform:
         return (z if self.components is None else z @ self.components) * self.std
 
     def _normalised(self, x: Any, feature_names: Iterable[str]) -> Iterator[tuple[slice, np.ndarray]]:
-        columns = _columns(self.input_names, _names(x, feature_names))
+        columns = _all_or(_columns(self.input_names, _names(x, feature_names)), x.shape[1])
         position = {name: i for i, name in enumerate(self.input_names)}
-        kept = np.array([position[name] for name in self.feature_names])
+        kept = _all_or(np.array([position[name] for name in self.feature_names]), len(position))
         for rows, part in _chunks(x):
             yield rows, _normalise(part[:, columns], kept, self.target_sum, self.preprocess.log1p)
 
@@ -177,8 +178,11 @@ def fit(
 ) -> Transform:
     """The Transform of these training cells, and of no others unless `select_on="all"`.
 
+    What is read is read in parts, and in the same parts wherever the cells are: those on disk give the same Transform,
+    bit for bit, up to 5000 kept genes.
+
     Args:
-        x_train: cells x features, an array or a SciPy sparse matrix, in `space`.
+        x_train: cells x features, an array, a SciPy sparse matrix or a `disk.DiskMatrix`, in `space`.
         feature_names: unique, one a column.
         forced: genes that are kept besides the `n_top_genes`, whatever their dispersion. Kept genes stay in the order
             of `feature_names`.
@@ -224,7 +228,7 @@ def fit(
     )
     if not preprocess.scale and preprocess.n_components is None and not preprocess.unit_variance:
         return identity
-    return _fit_affine(identity, identity.normalise(x_train, names))
+    return _fit_affine(identity, x_train, names)
 
 
 def most_variable(
@@ -271,6 +275,12 @@ def _check_steps(preprocess: Preprocess, space: Space) -> None:
 
 
 def _check_values(name: str, x: Any, space: Space) -> None:
+    if isinstance(x, DiskMatrix):
+        step = cells_at_once(x.shape[1])
+        for start in range(0, len(x), step):
+            stop = min(start + step, len(x))
+            _check_values(f"{name}[{start}:{stop}]", x[start:stop], space)
+        return
     values = np.asarray(x.data if hasattr(x, "indptr") else x)
     finite(name, values)
     if space == "counts" and values.size and values.min() < 0:
@@ -306,18 +316,36 @@ def _select(preprocess: Preprocess, x: Any, space: Space) -> np.ndarray:
     return most_variable(shift + total / n, variance, preprocess.n_top_genes)
 
 
-def _fit_affine(identity: Transform, x: np.ndarray) -> Transform:
-    preprocess = identity.preprocess
-    mean, std = x.mean(axis=0), np.ones(x.shape[1])
+def _fit_affine(identity: Transform, x_train: Any, names: Sequence[str]) -> Transform:
+    """Two passes over the cells: their mean, then what is square."""
+    preprocess, n_components = identity.preprocess, identity.preprocess.n_components
+    n_cells, n_genes = x_train.shape[0], len(identity.feature_names)
+    if n_components is not None:
+        _check_components(n_components, n_cells, n_genes, on_disk=isinstance(x_train, DiskMatrix))
+    chunks = _Normalised(identity, x_train, names)
+
+    shift, total = None, np.zeros(n_genes)  # sums of shifted values, which lose no digits to a large mean
+    for part in chunks:
+        shift = part[0].copy() if shift is None else shift
+        total += (part - shift).sum(axis=0)
+    mean = shift + total / n_cells
+
+    by_covariance = n_components is not None and (n_genes <= _EIGH or isinstance(x_train, DiskMatrix))
+    product = _product(chunks, mean) if by_covariance else None
+    square = sum(((part - mean) ** 2).sum(axis=0) for part in chunks) if product is None else np.diagonal(product)
+    std = np.ones(n_genes)
     if preprocess.scale:
-        std = x.std(axis=0)
+        std = np.sqrt(square / n_cells)
         std = np.where(std <= 10 * np.finfo(np.float64).eps * np.abs(mean), 1.0, std)
     components = explained_variance = None
-    if preprocess.n_components is not None:
-        components, explained_variance = _principal_components((x - mean) / std, preprocess.n_components)
+    if by_covariance:
+        components, explained_variance = _of_covariance(product, std, n_cells, n_components)
+    elif n_components is not None:
+        z = np.concatenate([(part - mean) / std for part in chunks])
+        components, explained_variance = _principal_components(z, n_components)
     if preprocess.unit_variance:
-        z = (x - mean) / std
-        variance = float((z if components is None else z @ components.T).var(axis=0).mean())
+        of_dims = square / std**2 if components is None else explained_variance * (n_cells - 1)
+        variance = float(of_dims.mean()) / n_cells
         if not variance > 0:
             raise ValueError("unit_variance=True needs training cells that differ; these are all alike.")
         std = std * variance**0.5
@@ -335,23 +363,75 @@ def _fit_affine(identity: Transform, x: np.ndarray) -> Transform:
     )
 
 
+class _Normalised:
+    """The kept genes of the training cells, some cells at a time, as often as they are asked for."""
+
+    def __init__(self, identity: Transform, x_train: Any, names: Sequence[str]):
+        self.identity, self.x_train, self.names = identity, x_train, names
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for _, part in self.identity._normalised(self.x_train, self.names):
+            yield part
+
+
+def _check_components(n_components: int, n_cells: int, n_genes: int, *, on_disk: bool) -> None:
+    smaller = min(n_cells, n_genes)
+    if n_components > smaller:
+        raise ValueError(
+            f"n_components must be at most {smaller}, the smaller of {n_cells} training cells and {n_genes} "
+            f"genes; got {n_components}."
+        )
+    if on_disk and n_genes > _MOST:
+        raise ValueError(
+            f"a PCA of cells on disk needs the covariance of their genes in memory, {8e-9 * n_genes**2:.1f} GB for "
+            f"{n_genes}; set n_top_genes to at most {_MOST}, or read the data into memory."
+        )
+
+
+def _product(chunks: Iterable[np.ndarray], mean: np.ndarray) -> np.ndarray:
+    """Of the centred genes with each other, in the upper triangle."""
+    from scipy.linalg.blas import dsyrk
+
+    product = np.zeros((len(mean), len(mean)), order="F")
+    for part in chunks:
+        # adds in place, at half the cost of a matrix product
+        product = dsyrk(1.0, (part - mean).T, beta=1.0, c=product, overwrite_c=1)
+    return product
+
+
+def _of_covariance(
+    product: np.ndarray, std: np.ndarray, n_cells: int, n_components: int
+) -> tuple[np.ndarray, np.ndarray]:
+    from scipy.linalg import eigh
+
+    product /= std * (n_cells - 1)
+    product /= std[:, None]
+    n_genes = len(std)
+    variance, vectors = eigh(
+        product,
+        lower=False,
+        overwrite_a=True,
+        check_finite=False,
+        subset_by_index=[n_genes - n_components, n_genes - 1],
+    )
+    return _signed(vectors.T[::-1]), np.maximum(variance[::-1], 0.0)
+
+
 def _principal_components(z: np.ndarray, n_components: int) -> tuple[np.ndarray, np.ndarray]:
     from sklearn.decomposition import PCA
 
-    smaller = min(z.shape)
-    if n_components > smaller:
-        raise ValueError(
-            f"n_components must be at most {smaller}, the smaller of {z.shape[0]} training cells and {z.shape[1]} "
-            f"genes; got {n_components}."
-        )
-    # All three are exact, and the same to ten digits; arpack cannot find the last component.
-    solver = "covariance_eigh" if z.shape[1] <= _EIGH else "arpack" if n_components < smaller else "full"
+    # Both are exact, and the same as `_of_covariance` to ten digits; arpack cannot find the last component.
+    solver = "arpack" if n_components < min(z.shape) else "full"
     pca = PCA(n_components, svd_solver=solver, random_state=0).fit(z)
-    strongest = np.take_along_axis(pca.components_, np.abs(pca.components_).argmax(axis=1)[:, None], axis=1)
-    return pca.components_ * np.where(strongest < 0, -1.0, 1.0), pca.explained_variance_
+    return _signed(pca.components_), pca.explained_variance_
 
 
-def _normalise(part: np.ndarray, kept: np.ndarray, target_sum: float | None, log1p: bool) -> np.ndarray:
+def _signed(components: np.ndarray) -> np.ndarray:
+    strongest = np.take_along_axis(components, np.abs(components).argmax(axis=1)[:, None], axis=1)
+    return components * np.where(strongest < 0, -1.0, 1.0)
+
+
+def _normalise(part: np.ndarray, kept: Any, target_sum: float | None, log1p: bool) -> np.ndarray:
     """`part` holds the input genes, which make the totals; `kept` says which of them stay."""
     if target_sum is not None:
         part = _to_total(part, target_sum)
@@ -368,13 +448,12 @@ def _to_total(part: np.ndarray, target_sum: float) -> np.ndarray:
 
 def _chunks(x: Any) -> Iterator[tuple[slice, np.ndarray]]:
     """Dense float64 rows, some at a time."""
-    from scipy import sparse
-
-    x = x.tocsr() if sparse.issparse(x) else np.asarray(x)
-    for start in range(0, x.shape[0], _CHUNK):
-        rows = slice(start, min(start + _CHUNK, x.shape[0]))
+    x = as_sliceable(x)
+    step = cells_at_once(x.shape[1])
+    for start in range(0, x.shape[0], step):
+        rows = slice(start, min(start + step, x.shape[0]))
         part = x[rows]
-        yield rows, np.asarray(part.toarray() if sparse.issparse(part) else part, np.float64)
+        yield rows, np.asarray(part.toarray() if hasattr(part, "toarray") else part, np.float64)
 
 
 def _names(x: Any, feature_names: Iterable[str]) -> tuple[str, ...]:
@@ -387,6 +466,11 @@ def _names(x: Any, feature_names: Iterable[str]) -> tuple[str, ...]:
         repeated = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"feature_names must be unique; {repeated!r} occurs {names.count(repeated)} times.")
     return names
+
+
+def _all_or(columns: np.ndarray, n: int) -> Any:
+    """A slice where these are all columns in their order, which spares a copy."""
+    return slice(None) if np.array_equal(columns, np.arange(n)) else columns
 
 
 def _columns(wanted: Sequence[str], names: Sequence[str]) -> np.ndarray:

@@ -10,9 +10,10 @@ from jaxtyping import Bool, Float, Int
 
 from scjax.check import at_least, column, one_of, suggestion
 from scjax.data.conditions import as_columns
+from scjax.data.disk import CellsOnDisk, Columns, as_sliceable, is_on_disk, open_cells, stacked
 from scjax.data.spec import AnnData, DataSpec, expression_matrix, feature_names
 
-__all__ = ["Absent", "CellSource", "InMemorySource", "Joined", "as_joined", "join", "open_source", "read_anndata"]
+__all__ = ["Absent", "CellSource", "Joined", "MatrixSource", "as_joined", "join", "open_source", "read_anndata"]
 
 Absent: TypeAlias = Literal["error", "zero", "intersection"]
 
@@ -34,14 +35,11 @@ class CellSource(Protocol):
         ...
 
 
-class InMemorySource:
-    """Rows of a NumPy array or of a SciPy sparse matrix."""
+class MatrixSource:
+    """Rows of a NumPy array, of a SciPy sparse matrix, or of a `disk.DiskMatrix`, which reads them when asked."""
 
     def __init__(self, matrix: Any, feature_names: Sequence[str]):
-        from scipy import sparse
-
-        self._matrix = matrix.tocsr() if sparse.issparse(matrix) else np.asarray(matrix)
-        self._is_sparse = sparse.issparse(matrix)
+        self._matrix = as_sliceable(matrix)
         self._feature_names = tuple(feature_names)
 
     @property
@@ -54,12 +52,12 @@ class InMemorySource:
 
     def rows(self, indices: Int[np.ndarray, " n"]) -> Float[np.ndarray, "n features"]:
         picked = self._matrix[indices]
-        return np.asarray(picked.toarray() if self._is_sparse else picked, dtype=np.float32)
+        return np.asarray(picked.toarray() if hasattr(picked, "toarray") else picked, dtype=np.float32)
 
 
 def open_source(adata: AnnData, spec: DataSpec) -> CellSource:
     """The cells of `adata` in the space that `spec` names. `spec.check(adata)` is the caller's."""
-    return InMemorySource(expression_matrix(adata, spec), feature_names(adata, spec))
+    return MatrixSource(expression_matrix(adata, spec), feature_names(adata, spec))
 
 
 class Joined(NamedTuple):
@@ -82,7 +80,8 @@ def join(named: Sequence[tuple[str, AnnData]], spec: DataSpec, *, absent: Absent
 
     Files that are given the same name are one source: plates of a study. Where there is more than one source, the
     values of `spec.batch` get its name in front (`pbmc_Donor1`), as batches of different studies are not the same;
-    spec.batch="source" makes each source a batch. Of obs the columns of `spec` are kept.
+    spec.batch="source" makes each source a batch. Of obs the columns of `spec` are kept. Where one of them is on disk
+    the joined cells are, too (`disk.CellsOnDisk`).
 
     Args:
         absent: what to do about genes that not all of them have. "error" refuses; "zero" keeps the genes of all, those
@@ -144,11 +143,15 @@ def _one(
     obs = pd.concat([_obs_table(name, adata, spec, prefix) for name, adata in named])
     if not obs.index.is_unique:
         raise ValueError("obs_names must be unique within a source; files of one name share some. Make them unique.")
-    matrix = _stacked([_aligned(expression_matrix(a, spec), feature_names(a, spec), genes) for _, a in named])
+    matrix = stacked([_aligned(expression_matrix(a, spec), feature_names(a, spec), genes) for _, a in named])
     place, _, key = spec.expression.partition("/")
     var = pd.DataFrame(index=list(genes))
+    if is_on_disk(matrix) and place != "obsm":
+        held = {"layers": {key: matrix}} if place == "layers" else {"X": matrix}
+        return CellsOnDisk(obs, var, uns=uns, **held)
     if place == "obsm":
-        dense = matrix.toarray() if hasattr(matrix, "toarray") else matrix
+        dense = matrix[:]
+        dense = dense.toarray() if hasattr(dense, "toarray") else dense
         table = pd.DataFrame(dense, index=obs.index, columns=list(genes))
         return anndata.AnnData(obs=obs, obsm={key: table}, uns=uns)
     if place == "layers":
@@ -210,27 +213,9 @@ def _obs_table(name: str, adata: AnnData, spec: DataSpec, prefix: bool) -> Any:
 
 def _aligned(matrix: Any, own: tuple[str, ...], genes: tuple[str, ...]) -> Any:
     """The columns in the order of `genes`; those of genes that are not among its `own` are 0."""
-    from scipy import sparse
-
     place = {gene: i for i, gene in enumerate(own)}
-    here = np.array([i for i, gene in enumerate(genes) if gene in place], np.int64)
-    columns = np.array([place[genes[i]] for i in here], np.int64)
-    if sparse.issparse(matrix):
-        # A product with a selection matrix: it never becomes dense.
-        ones = np.ones(len(here), matrix.dtype)
-        return matrix.tocsr() @ sparse.csr_matrix((ones, (columns, here)), shape=(len(own), len(genes)))
-    matrix = np.asarray(matrix)
-    out = np.zeros((len(matrix), len(genes)), matrix.dtype)
-    out[:, here] = matrix[:, columns]
-    return out
-
-
-def _stacked(matrices: Sequence[Any]) -> Any:
-    from scipy import sparse
-
-    if all(sparse.issparse(m) for m in matrices):
-        return sparse.vstack(matrices, format="csr")
-    return np.concatenate([m.toarray() if sparse.issparse(m) else m for m in matrices])
+    aligned = Columns(matrix, np.array([place.get(gene, -1) for gene in genes], np.int64))
+    return aligned if is_on_disk(matrix) else aligned[:]
 
 
 def _merged_vectors(role: str, key: str, named: Sequence[tuple[str, AnnData]]) -> dict[str, np.ndarray]:
@@ -254,14 +239,25 @@ def _merged_vectors(role: str, key: str, named: Sequence[tuple[str, AnnData]]) -
     return found
 
 
-def read_anndata(path: str | Path) -> AnnData:
-    """An AnnData in memory from a .h5ad file or a .zarr folder.
+def read_anndata(path: str | Path | Sequence[str | Path], *, backed: bool = False) -> AnnData:
+    """An AnnData in memory from a .h5ad file or a .zarr folder; or, `backed`, its `disk.CellsOnDisk`.
+
+    Several files make one AnnData where they have the same genes, in any order: the cells of the first, then those of
+    the next, with the genes in the order of the first, the obs columns that all have, and the uns of all.
+
+    Args:
+        backed: leave X, layers and obsm on disk, where rows are read when they are asked for. The files must be CSR or
+            dense.
 
     Raises:
+        ValueError: several files of other genes, or with the same obs_names, or uns that contradict each other.
         FileNotFoundError: nothing at `path`; the message names the nearest file of that folder.
         ValueError: another suffix, a truncated file, or a file that is not of that format.
         Exception: what anndata raises for a broken element, with a note that names the file.
     """
+    if not isinstance(path, str | Path):
+        at_least("the number of files", len(path), 1)
+        return _concatenated([(Path(one), read_anndata(one, backed=backed)) for one in path])
     path = Path(path)
     if path.suffix not in (".h5ad", ".zarr"):
         raise ValueError(f"path must end in .h5ad or .zarr; got {str(path)!r}.")
@@ -269,6 +265,8 @@ def read_anndata(path: str | Path) -> AnnData:
         near = [p.name for p in path.parent.glob(f"*{path.suffix}")] if path.parent.is_dir() else []
         raise FileNotFoundError(f"path names no file: {str(path)!r} does not exist.{suggestion(path.name, near)}")
     _check_container(path)
+    if backed:
+        return open_cells(path)
 
     import anndata
 
@@ -277,6 +275,54 @@ def read_anndata(path: str | Path) -> AnnData:
     except Exception as err:
         err.add_note(f"While reading {path}: it is damaged or was not written by anndata. Write it again.")
         raise
+
+
+def _concatenated(files: Sequence[tuple[Path, AnnData]]) -> AnnData:
+    import anndata
+    import pandas as pd
+
+    (first, one), *others = files
+    if not others:
+        return one
+    uns = dict(one.uns)
+    for path, other in others:
+        differ = sorted(set(map(str, one.var_names)) ^ set(map(str, other.var_names)))
+        if differ:
+            raise ValueError(
+                f"files read as one must have the same genes; {len(differ)} are only in {first} or only in {path}: "
+                f"{', '.join(differ[:5])}{', ...' if len(differ) > 5 else ''}. Cell sets can join them (absent=...)."
+            )
+        for key, value in other.uns.items():
+            if not _same(uns.setdefault(key, value), value):
+                raise ValueError(f"files read as one must agree in uns; {path} has another {key!r} than before.")
+    obs = pd.concat([adata.obs for _, adata in files], join="inner")
+    if not obs.index.is_unique:
+        raise ValueError(f"files read as one must have different obs_names; {first} and others share some.")
+    genes = tuple(map(str, one.var_names))
+
+    def together(kind: str, name: str | None) -> Any:
+        parts = [adata.X if kind == "X" else getattr(adata, kind)[name] for _, adata in files]
+        if kind == "obsm":
+            return pd.concat(parts) if hasattr(parts[0], "columns") else stacked([as_sliceable(part) for part in parts])
+        named = zip(parts, files, strict=True)
+        return stacked([_aligned(part, tuple(map(str, a.var_names)), genes) for part, (_, a) in named])
+
+    def of(kind: str) -> dict[str, Any]:
+        own = [name for name in getattr(one, kind) if name is not None]  # newer anndata lists X among the layers
+        return {name: together(kind, name) for name in own if all(name in getattr(a, kind) for _, a in others)}
+
+    x = together("X", None) if all(adata.X is not None for _, adata in files) else None
+    if is_on_disk(files):
+        return CellsOnDisk(obs, one.var, x, layers=of("layers"), obsm=of("obsm"), uns=uns)
+    return anndata.AnnData(X=x, obs=obs, var=one.var, layers=of("layers"), obsm=of("obsm"), uns=uns)
+
+
+def _same(one: Any, other: Any) -> bool:
+    if hasattr(one, "equals"):
+        return bool(one.equals(other))
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    return bool(np.array_equal(one, other))
 
 
 def _check_container(path: Path) -> None:

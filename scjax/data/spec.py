@@ -19,6 +19,7 @@ from scjax.data.conditions import (
     read_kinds,
     with_dose,
 )
+from scjax.data.disk import DiskMatrix, as_sliceable, cells_at_once
 from scjax.types import Population
 
 __all__ = ["AnnData", "DataSpec", "Space", "expression_matrix", "feature_names"]
@@ -26,7 +27,6 @@ __all__ = ["AnnData", "DataSpec", "Space", "expression_matrix", "feature_names"]
 AnnData: TypeAlias = Any  # anndata.AnnData: imported only where a file is read, it costs half a second
 Space: TypeAlias = Literal["counts", "lognormalised", "latent"]
 
-_CHUNK = 4096  # cells looked at together, so that a check needs little memory besides the data
 _LARGEST_LOG = 20.0  # log1p of five hundred million: no log-normalised value is above
 
 
@@ -227,7 +227,8 @@ class DataSpec:
 
 
 def expression_matrix(adata: AnnData, spec: DataSpec) -> Any:
-    """The matrix, cells x features, as it lies in `adata`: a NumPy array, a SciPy sparse matrix, or a DataFrame.
+    """The matrix, cells x features, as it lies in `adata`: a NumPy array, a SciPy sparse matrix, a DataFrame, or a
+    `disk.DiskMatrix`.
 
     Raises:
         ValueError: no such layer or obsm key, or X is None.
@@ -572,22 +573,25 @@ def _value_chunks(matrix: Any) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """(first cell, stored values, nonzero values of each cell) of the next cells.
 
     Raises:
-        ValueError: neither an array in memory nor a sparse matrix, or not numbers. The message follows a name.
+        ValueError: no array, sparse matrix or `disk.DiskMatrix`, or not numbers. The message follows a name.
     """
     from scipy import sparse
 
     if hasattr(matrix, "columns"):  # a DataFrame in obsm
         matrix = matrix.to_numpy()
-    if sparse.issparse(matrix):
-        matrix = matrix.tocsr()
-    elif not isinstance(matrix, np.ndarray):
-        raise ValueError(f"is no array in memory but {type(matrix).__name__}. Call adata.to_memory() first.")
+    if not (sparse.issparse(matrix) or isinstance(matrix, np.ndarray | DiskMatrix)):
+        raise ValueError(
+            f"is no array in memory but {type(matrix).__name__}. Call adata.to_memory(), or read the file with "
+            "read_anndata(path, backed=True)."
+        )
+    matrix = as_sliceable(matrix)
     if matrix.ndim != 2 or matrix.dtype.kind not in "buif":
         raise ValueError(f"must be a matrix of numbers; it has shape {matrix.shape} and dtype {matrix.dtype}.")
 
     def chunks() -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        for start in range(0, matrix.shape[0], _CHUNK):
-            part = matrix[start : start + _CHUNK]
+        step = cells_at_once(matrix.shape[1])
+        for start in range(0, matrix.shape[0], step):
+            part = matrix[start : start + step]
             if sparse.issparse(part):
                 yield start, part.data, np.asarray((part != 0).sum(axis=1)).ravel()
             else:

@@ -2,16 +2,18 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from scjax.check import increasing, one_of
-from scjax.data.expression import transform_all
+from scjax.data.disk import Subset, is_on_disk
+from scjax.data.expression import ModelCells, transform_all
 from scjax.data.preprocess import Preprocess, Transform, fit
 from scjax.data.source import open_source
-from scjax.data.spec import AnnData, DataSpec
+from scjax.data.spec import AnnData, DataSpec, expression_matrix
 from scjax.data.splits import TimeSplit, TimeSplitRule, split_times
 
 __all__ = ["TimeScale", "TimeSeriesData", "prepare_time_series", "solver_times"]
@@ -24,7 +26,7 @@ class TimeSeriesData:
     """Snapshots of a population, held-out ones included.
 
     Attributes:
-        latent: float32[cells, dims]; row i is cell i of the AnnData.
+        latent: float32[cells, dims]; row i is cell i of the AnnData. In memory, or read from disk as they are indexed.
         time: the observed time of each cell, in the unit of the time column.
         times: those times, increasing.
         rows: for each of `times`, the rows of its cells, increasing.
@@ -37,7 +39,7 @@ class TimeSeriesData:
         cell_type: an index into `cell_types` for each cell, where the DataSpec names a column.
     """
 
-    latent: Float[np.ndarray, "cells dims"]
+    latent: ModelCells
     time: Float[np.ndarray, " cells"]
     times: tuple[float, ...]
     rows: tuple[Int[np.ndarray, " _"], ...]
@@ -91,9 +93,18 @@ def solver_times(
 
 
 def prepare_time_series(
-    adata: AnnData, spec: DataSpec, rule: TimeSplitRule, preprocess: Preprocess, *, time_scale: TimeScale = "real"
+    adata: AnnData,
+    spec: DataSpec,
+    rule: TimeSplitRule,
+    preprocess: Preprocess,
+    *,
+    time_scale: TimeScale = "real",
+    store: str | Path | None = None,
 ) -> TimeSeriesData:
     """Check, split by `rule`, fit `preprocess` on the cells of the training times, project every cell.
+
+    Args:
+        store: a folder of these data's own that keeps the projected cells on disk, see `data.store`; None: memory.
 
     Raises:
         ValueError: all that `spec.check`, `split_times` and `preprocess.fit` find.
@@ -105,8 +116,10 @@ def prepare_time_series(
     split = split_times(rule, times)
     source = open_source(adata, spec)
     train_rows = np.flatnonzero(np.isin(time, split.train))
-    transform = fit(preprocess, source.rows(train_rows), source.feature_names, spec.space)
-    latent = transform_all(source, transform)
+    matrix = expression_matrix(adata, spec)
+    x_train = Subset(matrix, train_rows, np.float32) if is_on_disk(matrix) else source.rows(train_rows)
+    transform = fit(preprocess, x_train, source.feature_names, spec.space)
+    latent = transform_all(source, transform, store)
 
     cell_type, cell_types = _cell_types(adata, spec)
     return TimeSeriesData(

@@ -107,8 +107,10 @@ def train(
         experiment.json   the settings                     metrics.jsonl   loss and terms, one line a logged step
         split.json        the rule and what it came to     checkpoints/    one folder a saved step
         failed.json       only where a number was not finite: which one, and at which step
+        cells/            only of data on disk: the cells in the model's space, see `data.store`; it can be made again
 
     Args:
+        adata: in memory, or on disk (`read_anndata(path, backed=True)`): the batches, and so the run, are the same.
         resume: continue the run in `workdir`; settings and data must be the same. Step n uses the same cells and noise
             as in an uninterrupted run, so the result is the same: bit for bit on the same devices, on others up to
             rounding.

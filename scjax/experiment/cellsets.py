@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
@@ -220,7 +221,7 @@ def digest(adata: Data, spec: DataSpec) -> str:
     return h.hexdigest()
 
 
-def prepare(experiment: CellSetExperiment, adata: Data) -> Task:
+def prepare(experiment: CellSetExperiment, adata: Data, store: Path | None = None) -> Task:
     data = prepare_cell_sets(
         adata,
         experiment.spec,
@@ -229,6 +230,7 @@ def prepare(experiment: CellSetExperiment, adata: Data) -> Task:
         absent=experiment.absent,
         unmatched=experiment.unmatched,
         control_seed=experiment.control_seed,
+        store=store,
     )
     config = _sized(experiment.model, data)
     start, transferred = None, {}
@@ -371,7 +373,7 @@ def _sized(config: perturbdiff.Config, data: CellSetData) -> perturbdiff.Config:
 
 
 def _without_space(batch_at: Callable[[int], Any]) -> Callable[[int], Any]:
-    return lambda step: replace(batch_at(step), space=None)
+    return lambda step, share=None: replace(batch_at(step, share), space=None)
 
 
 def _trained_names(data: CellSetData, sampling: CellSetSampling) -> dict[str, list[Any]]:

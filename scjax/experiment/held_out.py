@@ -78,7 +78,7 @@ def population_tables(
     # Held-out contexts keep their controls from training; contexts without any have those that stand in.
     lacking = [context for context in contexts if Population((), context) not in training]
     if lacking:
-        training |= {Population((), c): s.x for c, s in work.read_sources(first, adata, lacking).items()}
+        training |= {Population((), c): s.x[:] for c, s in work.read_sources(first, adata, lacking).items()}
     unseen, titles = by_unseen_axis(test, split, "held-out populations")
     n_controls = sum(len(x) for p, x in training.items() if p.is_control and p.context in contexts)
     tables = [

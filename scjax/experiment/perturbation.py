@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -111,8 +112,10 @@ def digest(adata: AnnData, spec: DataSpec) -> str:
     return data_digest(adata, spec, _labels(adata, spec))
 
 
-def prepare(experiment: PerturbationExperiment, adata: AnnData) -> Task:
-    data = prepare_perturbation(adata, experiment.spec, experiment.split, experiment.preprocess, experiment.graph)
+def prepare(experiment: PerturbationExperiment, adata: AnnData, store: Path | None = None) -> Task:
+    data = prepare_perturbation(
+        adata, experiment.spec, experiment.split, experiment.preprocess, experiment.graph, store=store
+    )
     config = _sized(experiment.model, data)
     vectors = None if config.perturbation != "vector" else jnp.asarray(data.vectors)
     constants = scdfm.Constants(graph=jnp.asarray(data.graph), vectors=vectors)

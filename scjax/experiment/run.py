@@ -20,6 +20,7 @@ from scjax import mesh as meshes
 from scjax.check import at_least, probability
 from scjax.config import to_dict, to_json
 from scjax.data.device import prefetch
+from scjax.data.disk import cells_at_once, is_on_disk
 from scjax.data.leaks import Findings, check_allowed
 from scjax.data.source import open_source
 from scjax.data.spec import AnnData, DataSpec
@@ -30,6 +31,7 @@ from scjax.train.state import TrainState, init_state
 from scjax.types import Batch, Model, Params
 
 __all__ = [
+    "CELLS",
     "FAILED",
     "Begun",
     "Run",
@@ -47,14 +49,15 @@ __all__ = [
     "loop_options",
     "record_failure",
     "recorded_failure",
+    "store_for",
     "train_task",
     "validation_options",
 ]
 
 _SETTINGS, _SPLIT, _LOG = "experiment.json", "split.json", "metrics.jsonl"
 _PART = ".part"  # the end of a file's name until it is whole
+CELLS = "cells"  # in the folder of a run, the prepared cells of data that stay on disk
 FAILED = "failed.json"  # in the folder of a run that met a number that is not finite
-_CHUNK = 4096  # cells that are read together
 
 
 class Task(NamedTuple):
@@ -160,7 +163,9 @@ def admit(workdir: Path, resume: bool, step: int | None) -> None:
 
 
 def _is_left_over(path: Path) -> bool:
-    """Of a run that was killed before its settings were written: no file of anybody's."""
+    """Of a run that was killed before its settings were written, and prepared cells: no file of anybody's."""
+    if path.name == CELLS:
+        return path.is_dir()
     if path.name == "checkpoints":
         return path.is_dir() and not any(inside.name != ".lock" for inside in path.iterdir())
     return path.name == f"{_SETTINGS}{_PART}"
@@ -181,7 +186,7 @@ def train_task(
     adata: AnnData,
     workdir: Path,
     digest: str,
-    prepare: Callable[[Any, AnnData], Task],
+    prepare: Callable[[Any, AnnData, Path | None], Task],
     *,
     resume: bool,
     step: int | None,
@@ -195,7 +200,7 @@ def train_task(
     def ready() -> tuple[Task, Begun]:
         if resume:
             check_resumed(experiment, workdir, step, digest)
-        task = prepare(experiment, adata)
+        task = prepare(experiment, adata, store_for(workdir, adata, digest))
         if not resume:
             task.findings.stop()
         if mesh is not None:
@@ -227,6 +232,15 @@ def train_task(
             **validation,
         )
     return Run(state, task.data, workdir)
+
+
+def store_for(workdir: Path, adata: AnnData, digest: str) -> Path | None:
+    """Where the prepared cells of these data are kept, if the data stay on disk; a resumed run finds them there."""
+    if not is_on_disk(adata):
+        return None
+    store = workdir / CELLS / digest
+    sys.stderr.write(f"the data stay on disk; the cells of the model's space are kept in {store}\n")
+    return store
 
 
 def tell(task: Task) -> None:
@@ -375,8 +389,9 @@ def data_digest(adata: AnnData, spec: DataSpec, labels: Iterable[bytes]) -> str:
     """Of expression, of what the cells are labelled with, and of feature names; the same for dense and sparse."""
     source = open_source(adata, spec)
     h = hashlib.blake2b(digest_size=16)
-    for start in range(0, source.n_cells, _CHUNK):
-        h.update(source.rows(np.arange(start, min(start + _CHUNK, source.n_cells))).tobytes())
+    step = cells_at_once(len(source.feature_names))
+    for start in range(0, source.n_cells, step):
+        h.update(source.rows(np.arange(start, min(start + step, source.n_cells))).data)
     for label in labels:
         h.update(label)
     h.update("\0".join(source.feature_names).encode())

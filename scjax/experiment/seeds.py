@@ -19,6 +19,7 @@ from scjax.experiment.run import (
     check_resumed,
     loop_options,
     record_failure,
+    store_for,
     tell,
     validation_options,
 )
@@ -61,7 +62,7 @@ def train_tasks(
     workdirs: Sequence[Path],
     seeds: Sequence[int],
     digest: str,
-    prepare: Callable[[Any, AnnData], Task],
+    prepare: Callable[[Any, AnnData, Path | None], Task],
     *,
     resume: bool,
     hooks: Sequence[Hook],
@@ -71,7 +72,8 @@ def train_tasks(
         for workdir in workdirs:
             check_resumed(experiment, workdir, None, digest)
     settings = [replace(experiment, seed=seed) for seed in seeds]
-    tasks = [prepare(one, adata) for one in settings]
+    store = store_for(workdirs[0], adata, digest)
+    tasks = [prepare(one, adata, store) for one in settings]
     first = tasks[0]
     for seed, task in zip(seeds[1:], tasks[1:], strict=True):
         _check_same_task(first, task, seeds[0], seed)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import jax
@@ -89,9 +90,14 @@ def digest(adata: AnnData, spec: DataSpec) -> str:
     return data_digest(adata, spec, [spec.read_times(adata).tobytes()])
 
 
-def prepare(experiment: TimeSeriesExperiment, adata: AnnData) -> Task:
+def prepare(experiment: TimeSeriesExperiment, adata: AnnData, store: Path | None = None) -> Task:
     data = prepare_time_series(
-        adata, experiment.spec, experiment.split, experiment.preprocess, time_scale=experiment.time_scale
+        adata,
+        experiment.spec,
+        experiment.split,
+        experiment.preprocess,
+        time_scale=experiment.time_scale,
+        store=store,
     )
     if data.n_dims != experiment.model.n_dims:
         raise _width_error(experiment, data.n_dims)

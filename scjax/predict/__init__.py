@@ -3,6 +3,7 @@
 trained = load("runs/first")                        the kind of run decides what it can predict:
 predict(trained, adata, [2.0, 4.5])                 a time series: the population at these times
 predict(trained, adata, ["KLF1+MAP2K6"])            perturbations: what control cells become, or sets of such cells
+predicting(trained, adata, ...).write("p.zarr")     the same, to a file as it is made, whatever memory there is
 """
 
 from collections.abc import Callable, Iterable
@@ -15,6 +16,7 @@ from scjax.data.spec import AnnData
 from scjax.models import perturbdiff, scdfm, scimf
 from scjax.predict import cellsets, perturbation, timeseries
 from scjax.predict.cellsets import SetGenerationConfig, TrainedCellSets
+from scjax.predict.parts import Prediction
 from scjax.predict.perturbation import GenerationConfig, TrainedPerturbation, observed_cells
 from scjax.predict.timeseries import TrainedTimeSeries, interaction_scores, project, simulate_cells, velocity
 
@@ -31,6 +33,7 @@ __all__ = [
     "model_title",
     "observed_cells",
     "predict",
+    "predicting",
     "project",
     "simulate_cells",
     "velocity",
@@ -87,5 +90,14 @@ def predict(trained: Trained, adata: AnnData, wanted: Iterable[Any], **options: 
 
     `options` and what comes back: see `timeseries.predict`, `perturbation.predict` and `cellsets.predict`.
     """
+    return _module_of(trained).predict(trained, adata, wanted, **options)
+
+
+def predicting(trained: Trained, adata: AnnData, wanted: Iterable[Any], **options: Any) -> Prediction:
+    """`predict`, made some cells at a time: `.write(path)` to .h5ad or .zarr, `.in_memory()` as `predict` has it."""
+    return _module_of(trained).predicting(trained, adata, wanted, **options)
+
+
+def _module_of(trained: Trained) -> ModuleType:
     modules = {TrainedTimeSeries: timeseries, TrainedPerturbation: perturbation, TrainedCellSets: cellsets}
-    return modules[type(trained)].predict(trained, adata, wanted, **options)
+    return modules[type(trained)]

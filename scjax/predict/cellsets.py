@@ -1,8 +1,9 @@
 """A trained model of cell sets at work: sets of cells of a population, drawn from noise beside control cells."""
 
+import itertools
 import json
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
@@ -17,11 +18,14 @@ from scjax.checkpoint import Checkpoint
 from scjax.config import from_dict
 from scjax.data.cellsets import CovariateNames, read_control_cells
 from scjax.data.conditions import CONTROL, OnUnknown, resolve_unknown
+from scjax.data.disk import Subset, is_on_disk, stacked
+from scjax.data.expression import ModelCells
 from scjax.data.preprocess import Transform
 from scjax.data.source import as_joined, join
 from scjax.data.spec import AnnData, DataSpec
 from scjax.data.splits import PerturbationSplit
 from scjax.models import perturbdiff
+from scjax.predict.parts import Part, Prediction
 from scjax.predict.populations import asked_conditions, brought_vectors, cells_of, number_of
 from scjax.predict.record import predicting_params, record
 from scjax.processes.diffusion import Spacing, Variance
@@ -37,6 +41,7 @@ __all__ = [
     "generate",
     "observed_cells",
     "predict",
+    "predicting",
     "read_sources",
 ]
 
@@ -162,7 +167,7 @@ class Controls(NamedTuple):
     """Control cells of one context, in the model's space.
 
     Attributes:
-        x, names: of the cells.
+        x, names: of the cells; those on disk are read when they are asked for.
         covariates: int[cells] of the roles that the context does not tell; a generated cell has those of the control
             that it is given.
         kind: int[cells]; cells are drawn from each kind alike. One kind, but for stand-ins.
@@ -170,7 +175,7 @@ class Controls(NamedTuple):
         stands_in: where the context has no controls of its own, whose these are: "same batch" or "same cell type".
     """
 
-    x: Float[np.ndarray, "cells genes"]
+    x: ModelCells
     names: np.ndarray
     covariates: dict[str, Int[np.ndarray, " cells"]]
     kind: Int[np.ndarray, " cells"]
@@ -279,17 +284,36 @@ def generate(
         ValueError: an unknown perturbation, dose, cell type or batch, the control where it was never a target, guidance
             without a model for it.
     """
+    generation = trained.generation if generation is None else generation
+    made, replaced = _generating(trained, sources, populations, generation, seed, on_unknown, vectors, chunk)
+    return dict(made()), replaced
+
+
+def _generating(
+    trained: TrainedCellSets,
+    sources: Mapping[str, Controls],
+    populations: Sequence[Population],
+    generation: SetGenerationConfig,
+    seed: int,
+    on_unknown: OnUnknown,
+    vectors: Mapping[str, Any] | None,
+    chunk: int,
+) -> tuple[Callable[[], Iterator[tuple[Population, GeneratedSets]]], dict[str, str]]:
+    """`generate`, one population after the other, once everything is known to be in order."""
     at_least("seed", seed, 0)
     at_least("chunk", chunk, 1)
-    generation = trained.generation if generation is None else generation
     check_generation(generation, trained.config)
     width = generation.set_size or trained._sampling["n_cells"]
     generation = replace(generation, set_size=width)
     speaker = _Covariates(trained, on_unknown, vectors or {})
     plans = [plan for p in populations for plan in _plan(p, sources[p.context], generation, trained, speaker, seed)]
     embedding = speaker.embedding(plans)
-    found: dict[Population, list[tuple[np.ndarray, _Set]]] = {p: [] for p in populations}
-    for start in range(0, len(plans), chunk):
+
+    def sets() -> Iterator[tuple[_Set, np.ndarray]]:
+        for start in range(0, len(plans), chunk):
+            yield from _sets_of(start)
+
+    def _sets_of(start: int) -> Iterator[tuple[_Set, np.ndarray]]:
         some = plans[start : start + chunk]
         here = [some[i % len(some)] for i in range(chunk)]  # a short chunk repeats its sets, and drops them
         rows = [start + i % len(some) for i in range(chunk)]
@@ -307,9 +331,14 @@ def generate(
             config=trained.config,
             generation=replace(generation, n_cells=1, zero_below=0.0),  # neither is of the program
         )
-        for plan, made in zip(some, np.asarray(cells), strict=False):
-            found[plan.population].append((made[plan.mask], plan))
-    return {p: _collected(sets, generation.zero_below) for p, sets in found.items()}, speaker.replaced
+        yield from zip(some, np.asarray(cells), strict=False)
+
+    def by_population() -> Iterator[tuple[Population, GeneratedSets]]:
+        for population, of_it in itertools.groupby(sets(), lambda pair: pair[0].population):
+            made = [(cells[plan.mask], plan) for plan, cells in of_it]
+            yield population, _collected(made, generation.zero_below)
+
+    return by_population, speaker.replaced
 
 
 def predict(
@@ -349,9 +378,23 @@ def predict(
         ValueError: no control cells, an unknown condition or context, bad values among the controls, an option that
             `SetGenerationConfig` does not have.
     """
-    import anndata
-    import pandas as pd
+    options = {"contexts": contexts, "source": source, "seed": seed, "on_unknown": on_unknown, "chunk": chunk}
+    return predicting(trained, adata, conditions, **options, **generation).in_memory()
 
+
+def predicting(
+    trained: TrainedCellSets,
+    adata: Data,
+    conditions: Iterable[str],
+    *,
+    contexts: Sequence[str] | None = None,
+    source: str | None = None,
+    seed: int = 0,
+    on_unknown: OnUnknown = "error",
+    chunk: int = 8,
+    **generation: Any,
+) -> Prediction:
+    """`predict`, one condition and context in memory at a time."""
     known = [f.name for f in fields(SetGenerationConfig)]
     for name in generation:
         one_of("the name of an option", name, known)
@@ -363,27 +406,14 @@ def predict(
     brought: dict[str, Any] = {}
     for part in [adata] if not isinstance(adata, Sequence) else [a for _, a in adata]:
         brought |= brought_vectors(trained.spec, part)
-    cells, replaced = generate(
-        trained,
-        sources,
-        populations,
-        generation=chosen,
-        seed=seed,
-        on_unknown=on_unknown,
-        vectors=brought,
-        chunk=chunk,
-    )
+    cells, replaced = _generating(trained, sources, populations, chosen, seed, on_unknown, brought, chunk)
     genes = trained.measured[sorted({controls.source for controls in sources.values()})].all(axis=0)
-    tables = [_obs(trained, population, sources[population.context], made, seed) for population, made in cells.items()]
-    obs = pd.concat(tables)
-    for column in obs.columns.difference(["set", "seed"]):
-        obs[column] = pd.Categorical(obs[column])  # as anndata would write it
-    predicted = anndata.AnnData(
-        X=np.concatenate([made.x for made in cells.values()])[:, genes],
-        obs=obs,
-        var=pd.DataFrame(index=[name for name, kept in zip(trained.genes, genes, strict=True) if kept]),
-    )
-    predicted.uns["scjax"] = record(
+
+    def parts() -> Iterator[Part]:
+        for population, made in cells():
+            yield Part(made.x[:, genes], _obs(trained, population, sources[population.context], made, seed))
+
+    told = record(
         trained,
         space="log-normalised expression in X",
         seed=seed,
@@ -392,7 +422,13 @@ def predict(
         chunk=chunk,
         **{f.name: getattr(chosen, f.name) for f in fields(chosen)},
     )
-    return predicted
+    return Prediction(
+        n_cells=len(populations) * chosen.n_cells,
+        genes=tuple(name for name, kept in zip(trained.genes, genes, strict=True) if kept),
+        parts=parts,
+        uns={"scjax": told},
+        categories=True,
+    )
 
 
 def check_generation(generation: SetGenerationConfig, config: perturbdiff.Config) -> None:
@@ -466,7 +502,7 @@ def _read(trained: TrainedCellSets, part: tuple[str, AnnData], contexts: Sequenc
 def _joined(parts: Sequence[Controls]) -> Controls:
     first = parts[0]
     return first._replace(
-        x=np.concatenate([c.x for c in parts]),
+        x=stacked([c.x for c in parts]),
         names=np.concatenate([c.names for c in parts]),
         covariates={role: np.concatenate([c.covariates[role] for c in parts]) for role in first.covariates},
         kind=np.concatenate([c.kind for c in parts]),
@@ -509,7 +545,7 @@ def _stand_ins(
                 f"{suggestion(context, everywhere)} There are: {', '.join(map(repr, everywhere))}."
             )
         found[context] = Controls(
-            x=np.concatenate([c.x[rows] for c, rows, *_ in choices]),
+            x=stacked([Subset(c.x, rows) if is_on_disk(c.x) else c.x[rows] for c, rows, *_ in choices]),
             names=np.concatenate([c.names[rows] for c, rows, *_ in choices]),
             covariates={},
             kind=np.concatenate([np.zeros(len(rows), np.int64) if k is None else k[rows] for _, rows, k, _ in choices]),

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
@@ -16,12 +16,13 @@ from scjax.check import at_least, finite, non_negative, one_of, suggestion
 from scjax.checkpoint import Checkpoint
 from scjax.config import from_dict
 from scjax.data.conditions import OnUnknown, known_names, resolve_unknown, trained_names
+from scjax.data.expression import ModelCells, transformed
 from scjax.data.preprocess import Transform
-from scjax.data.source import open_source
 from scjax.data.spec import AnnData, DataSpec
 from scjax.data.splits import PerturbationSplit
 from scjax.data.vocabulary import Vocabulary
 from scjax.models import scdfm
+from scjax.predict.parts import Part, Prediction
 from scjax.predict.populations import asked_conditions, brought_vectors, cells_of, number_of
 from scjax.predict.record import predicting_params, record
 from scjax.processes.flow import Solver
@@ -35,6 +36,7 @@ __all__ = [
     "generate",
     "observed_cells",
     "predict",
+    "predicting",
     "read_sources",
 ]
 
@@ -126,9 +128,9 @@ class TrainedPerturbation(NamedTuple):
 
 
 class Sources(NamedTuple):
-    """Control cells of one context, in the model's space, with their names."""
+    """Control cells of one context, in the model's space, with their names. Those on disk are read when asked for."""
 
-    x: Float[np.ndarray, "cells genes"]
+    x: ModelCells
     names: np.ndarray
 
 
@@ -163,9 +165,7 @@ def read_sources(
     for context in rows if contexts is None else contexts:
         cells = adata[rows[context]]
         trained.spec.check(cells, min_cells=0)
-        source = open_source(cells, trained.spec)
-        x = trained.transform.apply(source.rows(np.arange(source.n_cells)), source.feature_names)
-        found[context] = Sources(x, cells.obs_names.to_numpy())
+        found[context] = Sources(transformed(cells, trained.spec, trained.transform), cells.obs_names.to_numpy())
     return found
 
 
@@ -209,10 +209,26 @@ def generate(
         ValueError: an unknown perturbation or gene, more perturbations at once than in training, the control where it
             was never a target.
     """
-    at_least("seed", seed, 0)
-    at_least("chunk", chunk, 1)
     generation = trained.generation if generation is None else generation
     genes = trained.genes if genes is None else tuple(genes)
+    made, replaced = _generating(trained, sources, populations, generation, genes, seed, on_unknown, vectors, chunk)
+    return dict(made()), replaced
+
+
+def _generating(
+    trained: TrainedPerturbation,
+    sources: Mapping[str, Sources],
+    populations: Sequence[Population],
+    generation: GenerationConfig,
+    genes: tuple[str, ...],
+    seed: int,
+    on_unknown: OnUnknown,
+    vectors: Mapping[str, Any] | None,
+    chunk: int,
+) -> tuple[Callable[[], Iterator[tuple[Population, Generated]]], dict[str, str]]:
+    """`generate`, one population after the other, once everything is known to be in order."""
+    at_least("seed", seed, 0)
+    at_least("chunk", chunk, 1)
     at_least("the number of genes", len(genes), 1)
     repeated = next((name for name, n in Counter(genes).items() if n > 1), None)
     if repeated is not None:
@@ -243,11 +259,12 @@ def generate(
     if generation.composition == "additive":
         weights = (*([1.0] * trained.n_slots), 1.0 - trained.n_slots)
     starts_as_control = trained.config.start == "control"
-    found = {}
-    for population in populations:
-        x, n = sources[population.context].x[:, columns], generation.n_cells
-        if starts_as_control:
-            at_least(f"the number of control cells of context {population.context!r}", len(x), 2)
+    for population in populations if starts_as_control else ():
+        n = len(sources[population.context].x)
+        at_least(f"the number of control cells of context {population.context!r}", n, 2)
+
+    def cells_of(population: Population) -> Generated:
+        x, n = sources[population.context].x, generation.n_cells
         rng = np.random.default_rng([seed, number_of(population)])
         drawn = rng.permutation(len(x))[:n]  # each once; more than there are, again at random
         drawn = np.concatenate([drawn, rng.choice(len(x), n - len(drawn))])
@@ -257,7 +274,7 @@ def generate(
         for i, start in enumerate(range(0, n, chunk)):
             part = slice(start, start + chunk)
             # A short chunk repeats its cells, and drops them.
-            begin, controls = (x[np.resize(rows[part], chunk)] for rows in (drawn, shown))
+            begin, controls = (x[np.resize(rows[part], chunk)][:, columns] for rows in (drawn, shown))
             cells = _sample(
                 trained.params,
                 jnp.asarray(controls),
@@ -274,8 +291,9 @@ def generate(
             )
             parts.append(np.asarray(cells)[: n - start])
         made = np.concatenate(parts)
-        found[population] = Generated(np.where(made < generation.zero_below, 0, made), drawn)
-    return found, replaced
+        return Generated(np.where(made < generation.zero_below, 0, made), drawn)
+
+    return lambda: ((population, cells_of(population)) for population in populations), replaced
 
 
 def predict(
@@ -318,7 +336,40 @@ def predict(
     Raises:
         ValueError: no control cells, an unknown condition, context or gene, bad values among the controls.
     """
-    import anndata
+    options = {
+        "contexts": contexts,
+        "n_cells": n_cells,
+        "genes": genes,
+        "seed": seed,
+        "on_unknown": on_unknown,
+        "solver": solver,
+        "n_steps": n_steps,
+        "guidance": guidance,
+        "composition": composition,
+        "zero_below": zero_below,
+        "chunk": chunk,
+    }
+    return predicting(trained, adata, conditions, **options).in_memory()
+
+
+def predicting(
+    trained: TrainedPerturbation,
+    adata: AnnData,
+    conditions: Iterable[str],
+    *,
+    contexts: Sequence[str] | None = None,
+    n_cells: int | None = None,
+    genes: Sequence[str] | None = None,
+    seed: int = 0,
+    on_unknown: OnUnknown = "error",
+    solver: Solver | None = None,
+    n_steps: int | None = None,
+    guidance: float | None = None,
+    composition: Composition | None = None,
+    zero_below: float | None = None,
+    chunk: int = 32,
+) -> Prediction:
+    """`predict`, one condition and context in memory at a time."""
     import pandas as pd
 
     given = {
@@ -334,22 +385,13 @@ def predict(
     sources = read_sources(trained, adata, contexts)
     populations = [Population(names, context) for names in asked for context in sources]
     genes = trained.genes if genes is None else tuple(genes)
-    cells, replaced = generate(
-        trained,
-        sources,
-        populations,
-        generation=generation,
-        genes=genes,
-        seed=seed,
-        on_unknown=on_unknown,
-        vectors=brought_vectors(trained.spec, adata),
-        chunk=chunk,
-    )
-    tables = []
-    for population, (x, drawn) in cells.items():
-        values = population.context.split(_CONTEXT)
-        tables.append(
-            pd.DataFrame(
+    vectors = brought_vectors(trained.spec, adata)
+    cells, replaced = _generating(trained, sources, populations, generation, genes, seed, on_unknown, vectors, chunk)
+
+    def parts() -> Iterator[Part]:
+        for population, (x, drawn) in cells():
+            values = population.context.split(_CONTEXT)
+            obs = pd.DataFrame(
                 {
                     **dict(zip(trained.spec.covariates, values, strict=False)),
                     "condition": population.condition,
@@ -359,14 +401,9 @@ def predict(
                 },
                 index=[f"{i}-{population}" for i in range(len(x))],
             )
-        )
-    obs = pd.concat(tables)
-    for name in {*trained.spec.covariates, "condition", "context", "source_cell"}:
-        obs[name] = pd.Categorical(obs[name])  # as anndata would write it
-    predicted = anndata.AnnData(
-        X=np.concatenate([x for x, _ in cells.values()]), obs=obs, var=pd.DataFrame(index=list(genes))
-    )
-    predicted.uns["scjax"] = record(
+            yield Part(x, obs)
+
+    told = record(
         trained,
         space="log-normalised expression in X",
         seed=seed,
@@ -374,7 +411,8 @@ def predict(
         chunk=chunk,
         **{f.name: getattr(generation, f.name) for f in fields(generation)},
     )
-    return predicted
+    n_cells = len(populations) * generation.n_cells
+    return Prediction(n_cells=n_cells, genes=genes, parts=parts, uns={"scjax": told}, categories=True)
 
 
 @partial(jax.jit, static_argnames=("config", "solver", "n_steps", "guidance", "weights"))

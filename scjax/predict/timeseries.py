@@ -1,7 +1,7 @@
 """A trained time series model at work: cells of the first time simulated to others, velocities, who drives whom."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,11 +13,14 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from scjax.check import at_least, increasing
 from scjax.checkpoint import Checkpoint
 from scjax.config import from_dict
+from scjax.data.disk import cells_at_once, is_on_disk
+from scjax.data.expression import transform_all
 from scjax.data.preprocess import Transform
 from scjax.data.source import open_source
 from scjax.data.spec import AnnData, DataSpec
 from scjax.data.timeseries import solver_times
 from scjax.models import scimf
+from scjax.predict.parts import Part, Prediction
 from scjax.predict.record import predicting_params, record
 from scjax.types import Params
 
@@ -77,7 +80,7 @@ def project(trained: TrainedTimeSeries, adata: AnnData) -> Float[np.ndarray, "ce
             f"{trained.spec.expression} must have the {len(names)} dimensions of training; "
             f"it has {len(source.feature_names)}. Give cells in the latent space that the model was trained in."
         )
-    return trained.transform.apply(source.rows(np.arange(source.n_cells)), source.feature_names)
+    return transform_all(source, trained.transform)
 
 
 def simulate_cells(
@@ -129,7 +132,18 @@ def predict(
         ValueError: no cell of the first time, times before it, unsorted or (time_scale="index") not observed, missing
             genes, bad values.
     """
-    import anndata
+    return predicting(trained, adata, times, n_cells=n_cells, seed=seed).in_memory()
+
+
+def predicting(
+    trained: TrainedTimeSeries,
+    adata: AnnData,
+    times: Iterable[float],
+    *,
+    n_cells: int | None = None,
+    seed: int = 0,
+) -> Prediction:
+    """`predict`, with the simulated cells in the model's space in memory, and some of them as genes."""
     import pandas as pd
 
     times = _checked_times(trained, times)
@@ -157,12 +171,18 @@ def predict(
         },
         index=[f"{i}-t{t!r}" for t in times for i in range(len(x0))],
     )
-    predicted = anndata.AnnData(
-        X=trained.transform.inverse(latent), obs=obs, var=pd.DataFrame(index=list(trained.transform.feature_names))
+
+    def parts() -> Iterator[Part]:
+        for rows in _chunks(len(latent), len(trained.transform.feature_names)):
+            yield Part(trained.transform.inverse(latent[rows]), obs.iloc[rows], {"X_latent": latent[rows]})
+
+    return Prediction(
+        n_cells=len(latent),
+        genes=trained.transform.feature_names,
+        parts=parts,
+        uns={"scjax": record(trained, space=_SPACE, n_cells=len(x0), seed=seed)},
+        obsm={"X_latent": latent.shape[1]},
     )
-    predicted.obsm["X_latent"] = latent
-    predicted.uns["scjax"] = record(trained, space=_SPACE, n_cells=len(x0), seed=seed)
-    return predicted
 
 
 def velocity(trained: TrainedTimeSeries, adata: AnnData) -> AnnData:
@@ -175,29 +195,40 @@ def velocity(trained: TrainedTimeSeries, adata: AnnData) -> AnnData:
     Raises:
         ValueError: as `project`.
     """
-    import anndata
-    import pandas as pd
+    return predicting_velocity(trained, adata).in_memory()
 
+
+def predicting_velocity(trained: TrainedTimeSeries, adata: AnnData) -> Prediction:
+    """`velocity`, with the cells in the model's space in memory, and some of them as genes."""
     latent = project(trained, adata)
     times = trained.spec.read_times(adata)
     v = np.empty_like(latent)
     for t in np.unique(times):
         rows = np.flatnonzero(times == t)
         v[rows] = _drift(trained.params, jnp.asarray(latent[rows]), config=trained.config)
-    source = open_source(adata, trained.spec)
-    found = anndata.AnnData(
-        X=trained.transform.normalise(source.rows(np.arange(source.n_cells)), source.feature_names).astype(np.float32),
-        obs=adata.obs.copy(),
-        var=pd.DataFrame(index=list(trained.transform.feature_names)),
+    source, ours = open_source(adata, trained.spec), ("X_latent", "velocity_latent")
+
+    def parts() -> Iterator[Part]:
+        for rows in _chunks(len(latent), len(source.feature_names)):
+            x = source.rows(np.arange(len(latent))[rows])
+            yield Part(
+                trained.transform.normalise(x, source.feature_names).astype(np.float32),
+                adata.obs.iloc[rows],
+                {"X_latent": latent[rows], "velocity_latent": v[rows]},
+                {"velocity": trained.transform.inverse_velocity(v[rows])},
+            )
+
+    kept = {f"{key}_before" if key in ours else key: adata.obsm[key] for key in adata.obsm}
+    return Prediction(
+        n_cells=len(latent),
+        genes=trained.transform.feature_names,
+        parts=parts,
+        uns={key: value for key, value in adata.uns.items() if key != "scjax"}
+        | {"scjax": record(trained, space=_SPACE)},
+        obsm=dict.fromkeys(ours, latent.shape[1]),
+        layers=("velocity",),
+        tables={key: matrix[:] if is_on_disk(matrix) else matrix for key, matrix in kept.items()},
     )
-    ours = ("X_latent", "velocity_latent")
-    for key in adata.obsm:
-        found.obsm[f"{key}_before" if key in ours else key] = adata.obsm[key]
-    found.uns.update({key: value for key, value in adata.uns.items() if key != "scjax"})
-    found.obsm["X_latent"], found.obsm["velocity_latent"] = latent, v
-    found.layers["velocity"] = trained.transform.inverse_velocity(v)
-    found.uns["scjax"] = record(trained, space=_SPACE)
-    return found
 
 
 def interaction_scores(
@@ -218,6 +249,12 @@ def interaction_scores(
     return scimf.interaction_scores(
         trained.params, x, config=trained.config, softmax=softmax, scale_by_value=scale_by_value
     )
+
+
+def _chunks(n: int, n_genes: int) -> Iterator[slice]:
+    step = cells_at_once(n_genes)
+    for start in range(0, n, step):
+        yield slice(start, min(start + step, n))
 
 
 @partial(jax.jit, static_argnames=("ts", "config"))

@@ -181,9 +181,11 @@ def fit_together(
             stack.callback(hook.on_end)
             hook.on_start(start, n_steps)
         terminated = stack.enter_context(sigterm())
-        chunks = chunks_of(stream or in_order, lambda n: _stacked([b(n) for b in batches]), start, n_steps, scan_steps)
+        told = [*group_hooks, *(hook for run in runs if run.is_on for hook in run.hooks)]
+        together_at = lambda n: _stacked([batch_at(n) for batch_at in batches])  # noqa: E731
+        chunks = chunks_of(stream or in_order, together_at, start, n_steps, scan_steps, told)
         stack.callback(chunks.close)
-        advance = Runner(update, scan_steps, [*group_hooks, *(hook for run in runs if run.is_on for hook in run.hooks)])
+        advance = Runner(update, scan_steps, told)
         log = _Log(runs, group_hooks, log_every, n_steps)
         for first, stop, chunk in chunks:
             if terminated():

@@ -43,6 +43,9 @@ class Hook:
     def on_compiled(self, seconds: float) -> None:
         """The update is compiled, and the first step is about to run."""
 
+    def on_wait(self, step: int, seconds: float) -> None:
+        """After `step` steps the loop waited so long for its next batches: what the data hold up."""
+
     def on_log(self, step: int, metrics: Mapping[str, float]) -> None:
         """The metrics of `step` itself (no average), every `log_every` steps; or its validation scores."""
 
@@ -59,7 +62,8 @@ class Hook:
 
 
 class Progress(Hook):
-    """Steps per second, loss terms and time left, on one line of the terminal; the compile time apart.
+    """Steps per second, loss terms and time left, on one line of the terminal; the compile time apart. At the end, how
+    long the loop waited for batches (`waited`, in seconds; the first ones, before anything was compiled, are left out).
 
     Args:
         cells_per_step: shows cells per second too.
@@ -76,6 +80,7 @@ class Progress(Hook):
 
     def on_start(self, step: int, n_steps: int) -> None:
         self._first, self._n_steps, self._tenth, self._words = step, n_steps, -1, {}
+        self._started, self.waited = None, 0.0
         if self.terminal:
             from tqdm import tqdm
 
@@ -91,6 +96,10 @@ class Progress(Hook):
             self._bar.set_description("training", refresh=False)
             self._bar.unpause()  # the clock of the rates starts now
         self._write(f"compiled in {seconds:.1f} s")
+
+    def on_wait(self, step: int, seconds: float) -> None:
+        if self._started is not None:
+            self.waited += seconds
 
     def on_log(self, step: int, metrics: Mapping[str, float]) -> None:
         if not self.shown:
@@ -117,6 +126,10 @@ class Progress(Hook):
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+        if self._started is not None:
+            seconds = max(time.perf_counter() - self._started, 1e-9)
+            self._write(f"waited {self.waited:.2g} s of {seconds:.3g} s for batches ({self.waited / seconds:.1%})")
+            self._started = None
 
     def _write(self, line: str) -> None:
         if self._bar is not None:
@@ -134,7 +147,8 @@ def _columns(file: Any) -> int:
 
 
 class JsonlLogger(Hook):
-    """One JSON object a line: step, seconds since this process began to step, and every metric.
+    """One JSON object a line: step, seconds since this process began to step, of which it waited for batches, and
+    every metric.
 
     A resumed run continues the file: lines after its first step, and a line cut short by a kill, are dropped, so that
     no step appears twice.
@@ -159,14 +173,18 @@ class JsonlLogger(Hook):
             self._keep_up_to(step)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("ab", buffering=0)  # what cannot be written must not come again when it is closed
-        self._started = time.perf_counter()
+        self._started, self._waited = time.perf_counter(), 0.0
 
     def on_compiled(self, seconds: float) -> None:
-        self._started = time.perf_counter()
+        self._started, self._waited = time.perf_counter(), 0.0
+
+    def on_wait(self, step: int, seconds: float) -> None:
+        self._waited += seconds
 
     def on_log(self, step: int, metrics: Mapping[str, float]) -> None:
         seconds = round(time.perf_counter() - self._started, 3)
-        line = (json.dumps({"step": step, "seconds": seconds, **metrics}) + "\n").encode()
+        times = {"step": step, "seconds": seconds, "waited": round(self._waited, 3)}
+        line = (json.dumps(times | dict(metrics)) + "\n").encode()
         try:
             while line:
                 line = line[self._file.write(line) :]

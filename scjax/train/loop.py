@@ -169,7 +169,7 @@ def fit(
 
         hosts.together(begin, "The start of a hook")
         terminated = _Agreed(stack.enter_context(sigterm()))
-        chunks = chunks_of(stream or in_order, batches, start, n_steps, scan_steps)
+        chunks = chunks_of(stream or in_order, batches, start, n_steps, scan_steps, hooks)
         stack.callback(chunks.close)
         run = Runner(update, scan_steps, hooks, mesh)
         log = _Log(hooks, log_every, n_steps)
@@ -266,9 +266,9 @@ def _padded(leaf: Any, n: int, length: int) -> Any:
 
 
 def chunks_of(
-    stream: Stream, batches: Callable[[int], Batch], start: int, stop: int, size: int
+    stream: Stream, batches: Callable[[int], Batch], start: int, stop: int, size: int, hooks: Sequence[Hook]
 ) -> Generator[tuple[int, int, Any], None, None]:
-    """(first, stop, stacked batches), cut at multiples of `size` whatever the start."""
+    """(first, stop, stacked batches), cut at multiples of `size` whatever the start. The hooks hear what they took."""
     aligned = min(stop, -(-start // size) * size)
     for a, b in ((start, aligned), (aligned, stop)):
         if a == b:
@@ -276,7 +276,10 @@ def chunks_of(
         chunks = iter(stream(batches, a, b, chunk=size))
         try:
             for first in range(a, b, size):
+                began = time.perf_counter()
                 chunk = hosts.together(partial(next, chunks, None), "A batch")
+                for hook in hooks:
+                    hook.on_wait(first, time.perf_counter() - began)
                 if chunk is None:
                     raise ValueError(f"stream ended before step {first}; it must yield the batches up to step {b - 1}.")
                 yield first, min(first + size, b), chunk

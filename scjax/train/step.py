@@ -19,7 +19,7 @@ UpdateFn: TypeAlias = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 ChunkFn: TypeAlias = Callable[[TrainState, Any, Any, Any], tuple[TrainState, dict[str, Float[Array, " steps"]]]]
 EmaStart: TypeAlias = Literal["initial", "first_step"]
 
-_RESERVED = ("loss", "grad_norm", "finite", "step", "seconds")  # the last two are the log's
+_RESERVED = ("loss", "grad_norm", "finite", "step", "seconds", "waited")  # the last three are the log's
 
 
 def make_update(

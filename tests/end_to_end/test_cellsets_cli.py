@@ -135,5 +135,5 @@ def test_mistakes(capsys, arguments, message):
 def test_options_and_files_of_this_kind_alone(tiny_run, capsys):
     command = ("predict", "--run", tiny_run.workdir, "--out", "p.h5ad", "--times", "1", "--data", "cells.h5ad")
     assert "--sampler is not of this run" in refused(capsys, *command, "--sampler", "ddim")
-    several = refused(capsys, *command, "--data", "more.h5ad")
-    assert "named or several files are for cell sets only" in several
+    named = refused(capsys, *command, "--data", "two=more.h5ad")
+    assert "named files are for cell sets only" in named

@@ -119,7 +119,7 @@ def bits(folder: Path) -> list[bytes]:
 
 def log(folder: Path) -> list[dict]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{**line, "seconds": 0} for line in lines]
+    return [{**line, "seconds": 0, "waited": 0} for line in lines]
 
 
 class Begun(Hook):

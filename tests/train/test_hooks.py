@@ -28,7 +28,7 @@ def test_progress_on_a_terminal():
     tell(Progress(cells_per_step=512, file=out), range(10, 101, 10))
     text = out.getvalue()
     assert "compiled in 1.2 s" in text
-    last = re.split(r"[\r\n]+", text.strip())[-1]
+    last = re.split(r"[\r\n]+", text.strip())[-2]  # before what it waited
     assert re.search(r"training: 100%.*100/100.* steps/s, cells/s=[\d,]+, loss=1.5, mse=0.25", last)
 
 
@@ -39,8 +39,9 @@ def test_progress_elsewhere_is_silent_or_sparse():
     tell(Progress(file=out, force=True), range(1, 101))
     lines = out.getvalue().splitlines()
     assert lines[0] == "compiled in 1.2 s"
-    assert len(lines) == 1 + 11  # the first step, and every tenth of the run
-    assert re.fullmatch(r"step 100/100, .* steps/s, 0 s left: loss 1.5, mse 0.25", lines[-1])
+    assert len(lines) == 1 + 11 + 1  # the first step, and every tenth of the run
+    assert re.fullmatch(r"step 100/100, .* steps/s, 0 s left: loss 1.5, mse 0.25", lines[-2])
+    assert re.fullmatch(r"waited 0 s of \S+ s for batches \(0.0%\)", lines[-1])
 
 
 def test_log_has_one_line_a_step_after_resuming(tmp_path):
@@ -55,7 +56,7 @@ def test_log_has_one_line_a_step_after_resuming(tmp_path):
     again.on_end()
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(line["step"], line["loss"]) for line in lines] == [(10, 1.5), (20, 1.5), (30, 9.0)]
-    assert set(lines[0]) == {"step", "seconds", "loss", "mse"}
+    assert set(lines[0]) == {"step", "seconds", "waited", "loss", "mse"}
     assert [p.name for p in path.parent.iterdir()] == ["metrics.jsonl"]
 
 
