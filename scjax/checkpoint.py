@@ -183,7 +183,8 @@ class CheckpointWriter:
     @contextmanager
     def _writing(self) -> Iterator[None]:
         try:
-            yield
+            with _deaf_to_late_tasks():
+                yield
         except Exception as err:  # whatever orbax and tensorstore say about a full disk, a lost folder
             steps = list_steps(self.directory)
             self.last_step = steps[-1] if steps else None
@@ -569,7 +570,7 @@ def _restored(path: Path, wanted: Any, problem: str) -> Any:
     try:
         alone = _alone()
         handler = ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(**alone))
-        with _quiet_orbax(), _deaf_to_late_reads(), ocp.Checkpointer(handler, **alone) as checkpointer:
+        with _quiet_orbax(), _deaf_to_late_tasks(), ocp.Checkpointer(handler, **alone) as checkpointer:
             return checkpointer.restore(path.resolve(), args=wanted)
     except Exception as err:  # whatever orbax, tensorstore or json say about a broken file
         raise _DamagedError(f"the checkpoint {path} is damaged: {problem} ({_first_line(err)}).") from err
@@ -691,9 +692,9 @@ def _quiet_orbax() -> Iterator[None]:
 
 
 @contextmanager
-def _deaf_to_late_reads() -> Iterator[None]:
-    """At the first leaf that cannot be read orbax gives up and closes its event loop. The reads still under way then
-    find it closed, which Python would print, once for each, above the error that matters.
+def _deaf_to_late_tasks() -> Iterator[None]:
+    """At the first leaf that cannot be read or written orbax gives up and closes its event loop. What is under way then
+    finds it closed, which Python would print, once for each, above the error that matters.
     """
     before = sys.unraisablehook
 

@@ -104,6 +104,7 @@ def test_folder_where_nobody_may_write(tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax's writers, told late
 def test_folder_that_vanishes_during_the_run(tmp_path):
     """Somebody deletes the run: the next checkpoint is an error, no silent start of another folder."""
     folder = tmp_path / "run"

@@ -44,10 +44,18 @@ class Ends(Hook):
         self.n += 1
 
 
+@pytest.fixture
+def heard():
+    """SIGINT is as at a keyboard, though the jobs that a shell puts into the background ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(
     ("number", "error"), [(signal.SIGTERM, Interrupted), (signal.SIGINT, KeyboardInterrupt)], ids=["SIGTERM", "SIGINT"]
 )
-def test_signal_while_the_loop_waits_for_a_batch(uninterrupted, tmp_path, number, error):
+def test_signal_while_the_loop_waits_for_a_batch(uninterrupted, tmp_path, heard, number, error):
     """It comes from the thread that makes the batches. The folder is left so that the run can go on from it."""
     folder, ends = tmp_path / "run", Ends()
 

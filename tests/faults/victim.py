@@ -69,7 +69,7 @@ def batch_at(n: int) -> dict[str, np.ndarray]:
 def prepare(batches=batch_at):
     """What `train_task` asks for: a task of any model."""
 
-    def of(experiment, adata) -> Task:
+    def of(experiment, adata, store=None) -> Task:
         split = split_times(experiment.split, (0.0, 1.0, 2.0))
         return Task(
             model=Model(experiment.model, init, loss, lambda *args: None),
