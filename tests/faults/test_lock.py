@@ -70,7 +70,7 @@ def test_two_runs_that_begin_at_once(tmp_path):
     def batches(n):
         raise AssertionError("the second run must not come so far")
 
-    def prepare(experiment, adata):
+    def prepare(experiment, adata, store):
         victim.run(folder)
         theirs.update(files_of(folder))
         return victim.prepare(batches)(experiment, adata)

@@ -83,7 +83,7 @@ def interrupted(monkeypatch, capsys, saved, *arguments) -> tuple[int, str]:
 
     for place in ("scjax.experiment.train", "scjax.bench.bench", "scjax.demo.demo"):
         monkeypatch.setattr(place, stopped)
-    monkeypatch.setattr("scjax.cli._read_data", lambda *args: None)
+    monkeypatch.setattr("scjax.cli._read_data", lambda *args, **options: None)
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     return caught.value.code, capsys.readouterr().err
