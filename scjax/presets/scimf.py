@@ -101,8 +101,8 @@ PRESETS = {
         cost="about 10 s of training on one CPU core after compiling",
         expected="W1 to a held-out time 0.955 times that of the best training-free rule, mean of five sets and 3 seeds "
         "(Klein 0.90, HSMM 0.90, EMT 0.97, Guo 1.00, B cell 1.00); at most 1 on 10 of 16 times; the cells of three "
-        "runs together 0.951 and 12. Energy distance is worse than the best rule's on 9 of 16: populations are narrow. Not "
-        "for worlds where interaction decides: 1.4 there",
+        "runs together 0.951 and 12. Energy distance is worse than the best rule's on 9 of 16: populations are narrow. "
+        "Not for worlds where interaction decides: 1.4 there",
         source="ours; one of some twenty settings, judged at the held-out times of these five sets, so no score is "
         "clean: each set with the setting that is best on the others has 0.959 and 10 of 16",
     ),
