@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from scjax import check
 from scjax.nn.dropout import keep_mask_at
 
-__all__ = ["CELLS", "RESIDUALS", "attend_blockwise", "merge", "mix_blockwise"]
+__all__ = ["CELLS", "RESIDUALS", "attend_blockwise", "devices_along_cells", "merge", "mix_blockwise"]
 
 RESIDUALS = "attended"
 """Name, for a policy of `jax.checkpoint`, of all that the backward pass keeps besides its inputs."""
@@ -115,7 +115,7 @@ def attend_blockwise(
     Raises:
         ValueError: a block below one, a mesh without an axis "cells", receivers that it does not divide.
     """
-    n_devices = _devices_along_cells(mesh, q.shape[1])
+    n_devices = devices_along_cells(mesh, q.shape[1])
     dtype = jnp.promote_types(v.dtype, jnp.float32)
     heads, n, d = q.shape
     rules = _Rules(excluded=None if excluded is None else excluded[:, None].astype(jnp.int32))
@@ -175,7 +175,8 @@ def _tiling(shape: tuple[int, int, int], m: int, block: int | None, sender_block
     return _Tiling(n_blocks=math.ceil(n / rows), heads=group, n_sender_blocks=math.ceil(m / columns))
 
 
-def _devices_along_cells(mesh: Mesh | None, n_cells: int) -> int:
+def devices_along_cells(mesh: Mesh | None, n_cells: int) -> int:
+    """Number of devices that the cells are spread over; 1 without a mesh."""
     if mesh is None:
         return 1
     if CELLS not in mesh.shape:

@@ -1,0 +1,243 @@
+"""scIMF on populations that are too large for all pairs, on many devices, and in half precision."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from scjax.batches import TimeSeriesBatch
+from scjax.models import scimf
+
+TINY = scimf.Config(n_dims=4, intrinsic_widths=(5,), dt=0.5, blur=0.5, dropout=0.0)
+OPTIONS = replace(TINY, n_blocks=2, residual=True, n_heads=4)
+DENSE, TILES = replace(TINY, attention="dense"), replace(TINY, attention="blockwise")
+TS = (0.0, 1.0, 2.5)
+N = 13
+
+
+def cells(n=N, seed=0, d=4):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=(n, d)), jnp.float32)
+
+
+def params_of(config):
+    """Parameters with sharper attention than the initial ones, so that senders differ."""
+    params = jax.jit(lambda key: scimf.init(key, config))(jax.random.key(0))
+    for name, block in params["drift"].items():
+        if name.startswith("interaction"):
+            block["query"]["kernel"] = 3 * block["query"]["kernel"]
+    return params
+
+
+def a_batch():
+    targets = jnp.stack([cells(9, seed=s) + 0.5 for s in (1, 2)])
+    return TimeSeriesBatch(x0=cells(), targets=targets, weights=jnp.full((2, 9), 1 / 9), ts=TS)
+
+
+value_and_grad = jax.jit(jax.value_and_grad(scimf.loss, has_aux=True), static_argnames="config")
+
+
+def flat(tree):
+    return np.concatenate([np.ravel(np.asarray(leaf, np.float64)) for leaf in jax.tree.leaves(tree)])
+
+
+def close(got, want, tolerance):
+    assert np.linalg.norm(flat(got) - flat(want)) <= tolerance * np.linalg.norm(flat(want))
+
+
+@pytest.mark.parametrize("config", [TINY, OPTIONS])
+def test_blockwise_is_dense(config):
+    """Drift, loss and gradient to all parameters, up to rounding."""
+    dense, tiles = replace(config, attention="dense"), replace(config, attention="blockwise")
+    params, batch, key = params_of(config), a_batch(), jax.random.key(0)
+    close(scimf.drift(params, batch.x0, config=tiles), scimf.drift(params, batch.x0, config=dense), 1e-6)
+    close(value_and_grad(params, batch, key, config=tiles), value_and_grad(params, batch, key, config=dense), 1e-5)
+
+
+def test_as_many_landmarks_as_cells_are_dense():
+    config = replace(TINY, attention="landmarks", n_landmarks=N + 5)
+    params, batch, key = params_of(config), a_batch(), jax.random.key(0)
+    close(value_and_grad(params, batch, key, config=config), value_and_grad(params, batch, key, config=DENSE), 1e-5)
+
+
+def test_few_landmarks_are_near_and_learn():
+    """One landmark is the mean of the others: nearer to the truth than no interaction; its gradient reaches all."""
+    config = replace(TINY, attention="landmarks", n_landmarks=1)
+    params, x = params_of(config), cells(300)
+    exact = scimf.drift(params, x, config=DENSE)
+    alone = scimf.drift(params, x, config=replace(TINY, n_blocks=0))
+    error = [
+        np.linalg.norm(scimf.drift(params, x, config=replace(config, n_landmarks=n)) - exact) for n in (1, 30, 150)
+    ]
+    assert error[2] < error[1] < error[0] < np.linalg.norm(alone - exact)
+    assert error[1] < 0.1 * np.linalg.norm(alone - exact)
+    _, grads = value_and_grad(params, a_batch(), jax.random.key(0), config=replace(config, n_landmarks=4))
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(grads))
+
+
+def test_auto_is_dense_for_few_and_blockwise_for_many(monkeypatch):
+    def program(config, n):
+        x = jax.ShapeDtypeStruct((n, 4), jnp.float32)
+        params = jax.eval_shape(lambda: scimf.init(jax.random.key(0), config))
+        return str(jax.make_jaxpr(partial(scimf.drift, config=config))(params, x))
+
+    for n in (N, scimf.DENSE_CELLS):
+        assert program(TINY, n) == program(DENSE, n) != program(TILES, n)
+    assert program(TINY, scimf.DENSE_CELLS + 1) == program(TILES, scimf.DENSE_CELLS + 1)
+
+
+def test_a_large_population_holds_no_square():
+    """The compiled gradient of the loss' path at 20,000 cells: temporaries below a tenth of one matrix of weights."""
+    n = 20_000
+
+    def energy(params, x):
+        return jnp.sum(scimf.simulate(params, x, (0.0, 1.0), jax.random.key(0), config=TINY).kinetic_energy)
+
+    params = jax.eval_shape(lambda: scimf.init(jax.random.key(0), TINY))
+    x = jax.ShapeDtypeStruct((n, 4), jnp.float32)
+    compiled = jax.jit(jax.grad(energy)).lower(params, x).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.1 * 4 * n * n
+
+
+def test_dropout_leaves_out_senders_whichever_way_attention_is_computed():
+    """The draws differ, their law does not: mean and variance of the drift over keys, within 5 standard errors."""
+    params, x, n_draws = params_of(TINY), cells(), 4000
+    keys = jax.random.split(jax.random.key(3), n_draws)
+    of = lambda config: jax.jit(jax.vmap(lambda key: scimf.drift(params, x, key=key, config=config)))  # noqa: E731
+    dense, tiles = (np.asarray(of(replace(c, dropout=0.4))(keys), np.float64) for c in (DENSE, TILES))
+    scale = np.sqrt((dense.var(0) + tiles.var(0)) / n_draws)
+    assert np.abs(dense.mean(0) - tiles.mean(0)).max() < 5 * scale.max()
+    np.testing.assert_allclose(tiles.std(0), dense.std(0), rtol=0.25, atol=1e-3)
+    assert dense.std(0).min() > 1e-3
+
+
+def test_landmarks_are_not_trained_with_dropout():
+    config = replace(TINY, attention="landmarks", dropout=0.1)
+    with pytest.raises(ValueError, match="dropout must be 0 where a model is trained with attention='landmarks'"):
+        scimf.loss(params_of(config), a_batch(), jax.random.key(0), config=config)
+    scimf.drift(params_of(config), cells(), config=config)  # a trained model may predict with them
+
+
+# -- half precision
+
+
+def test_half_precision_of_products_alone():
+    """Same parameters, a state of float32, and results within a few steps of 2^-8 of the full precision's."""
+    for config in (TINY, OPTIONS, replace(TINY, diffusion="mlp", diffusion_widths=(3,))):
+        half = replace(config, compute_dtype="bfloat16")
+        params, batch, key = params_of(half), a_batch(), jax.random.key(0)
+        assert jax.tree.all(jax.tree.map(np.array_equal, params, params_of(config)))
+        v = scimf.drift(params, batch.x0, config=half)
+        assert v.dtype == scimf.diffusion(params, batch.x0, config=half).dtype == jnp.float32
+        close(v, scimf.drift(params, batch.x0, config=config), 0.02)
+        (total, terms), grads = value_and_grad(params, batch, key, config=half)
+        (want, _), want_grads = value_and_grad(params, batch, key, config=config)
+        assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((total, terms, grads)))
+        np.testing.assert_allclose(total, want, rtol=0.02)
+        close(grads, want_grads, 0.05)
+        assert total != want
+
+
+def test_weights_and_read_outs_of_half_precision_are_float32():
+    half = replace(TINY, compute_dtype="bfloat16")
+    (read,) = scimf.attention(params_of(half), cells(), config=half)
+    assert read.logits.dtype == read.weights.dtype == jnp.float32
+    np.testing.assert_allclose(read.weights.sum(-1), 1, rtol=1e-6)
+
+
+# -- devices
+
+ON_EIGHT_DEVICES = """
+import json, re
+from dataclasses import replace
+from functools import partial
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from scjax.batches import TimeSeriesBatch
+from scjax.models import scimf
+from scjax.nn import blockwise
+
+blockwise.MANY_SENDERS, blockwise.ROWS, blockwise.COLUMNS = 0, 16, 32  # several tiles a device
+N, TS = 256, (0.0, 0.5, 1.0)
+mesh = jax.make_mesh((8,), ("cells",), axis_types=(jax.sharding.AxisType.Auto,))
+TINY = scimf.Config(n_dims=4, intrinsic_widths=(5,), n_blocks=2, dt=0.5, blur=0.5, attention="blockwise")
+rng = np.random.default_rng(0)
+x = rng.normal(size=(N, 4)).astype(np.float32)
+batch = TimeSeriesBatch(x0=x, targets=rng.normal(size=(2, 9, 4)).astype(np.float32),
+                        weights=np.full((2, 9), 1 / 9, np.float32), ts=TS)
+params, key = scimf.init(jax.random.key(0), TINY), jax.random.key(1)
+spread = jax.device_put(x, NamedSharding(mesh, PartitionSpec("cells")))
+
+def norm(tree): return float(jnp.sqrt(sum(jnp.sum(jnp.asarray(leaf) ** 2) for leaf in jax.tree.leaves(tree))))
+def off(got, want):
+    got, want = jax.device_get((got, want))
+    return norm(jax.tree.map(lambda a, b: a - b, got, want)) / norm(want)
+
+found = {}
+for name, config in {"exact": TINY, "landmarks": replace(TINY, attention="landmarks", n_landmarks=30, dropout=0.0)}.items():
+    drift = lambda p, x, mesh: scimf.drift(p, x, key=key if name == "exact" else None, config=config, mesh=mesh)
+    simulate = lambda p, x, mesh: scimf.simulate(p, x, TS, key, config=config, mesh=mesh)
+    grads = lambda p, x, mesh: jax.grad(
+        lambda p, x: scimf.loss(p, replace(batch, x0=x), key, config=config, mesh=mesh)[0], argnums=(0, 1))(p, x)
+    for what, f in {"drift": drift, "simulate": simulate, "gradient": grads}.items():
+        one, many = jax.jit(partial(f, mesh=None)), jax.jit(partial(f, mesh=mesh)).lower(params, spread).compile()
+        got = many(params, spread)
+        found[f"{name} {what}"] = off(got, one(params, x))
+        sizes = [int(np.prod([int(n) for n in dims.split(",")])) for dims in re.findall(r"f32\\[([0-9,]+)\\]", many.as_text())]
+        found[f"{name} {what} largest"] = max(sizes)
+        if what == "drift":
+            found[f"{name} shard"] = got.addressable_shards[0].data.shape
+            traced = str(jax.make_jaxpr(partial(f, mesh=mesh))(params, x))
+            found[f"{name} local"] = "f32[2,32,2]" in traced  # queries of a device's own receivers
+try:
+    scimf.drift(params, jnp.asarray(x[:250]), config=TINY, mesh=mesh)
+except ValueError as err:
+    found["error"] = str(err)
+try:
+    scimf.drift(params, x, config=replace(TINY, attention="dense"), mesh=mesh)
+except ValueError as err:
+    found["dense"] = str(err)
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def on_eight_devices():
+    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", ON_EIGHT_DEVICES], env=env, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("mode", ["exact", "landmarks"])
+def test_eight_devices_are_one(on_eight_devices, mode):
+    """Drift (with dropout, where it is exact), simulated paths, and the loss' gradient to parameters and cells."""
+    found = on_eight_devices
+    assert found[f"{mode} drift"] < 1e-6
+    assert found[f"{mode} simulate"] < 1e-6
+    assert found[f"{mode} gradient"] < 1e-5
+
+
+@pytest.mark.parametrize("mode", ["exact", "landmarks"])
+def test_cells_are_split_and_no_square_is_held(on_eight_devices, mode):
+    """Of 256 cells each device has 32; no array of the compiled program has an eighth of 256 x 256 numbers."""
+    found = on_eight_devices
+    assert found[f"{mode} shard"] == [32, 4]
+    assert found[f"{mode} local"]
+    limit = 256 * 256 / 8 if mode == "exact" else 256 * 36  # cells x landmarks
+    assert found[f"{mode} drift largest"] < limit
+    assert found[f"{mode} simulate largest"] < limit
+    assert found[f"{mode} gradient largest"] < limit
+
+
+def test_what_a_mesh_cannot_do_is_told(on_eight_devices):
+    assert "the number of cells must be a multiple of the 8 devices along 'cells'; got 250" in on_eight_devices["error"]
+    assert "with a mesh take 'auto'" in on_eight_devices["dense"]
