@@ -83,7 +83,7 @@ class Config:
     blockwise beyond, or wherever cells are spread over devices. "landmarks" is an approximation, linear in cells also
     in time: see `nn.landmarks`, and benchmarks/large_population.py for its error. It trains without dropout only, which
     is of single senders."""
-    n_landmarks: int = 512  # of "landmarks"; with as many as cells it is exact
+    n_landmarks: int = 256  # of "landmarks"; with as many as cells it is exact
     diffusion: Literal["constant", "learned", "mlp"] = "constant"
     """"learned" is a trained vector, one entry a dimension; "mlp" a network of the cell's own state, within (-1, 1)."""
     sigma: float = 0.1

@@ -1,9 +1,13 @@
 """Attention to groups of alike senders instead of each of them: linear in the number of cells, and approximate.
 
 The cells are put into groups around landmarks. A group stands for its members by its mean key, its mean value and its
-number, sum_j exp(q k_j) v_j ~ n exp(q k_mean) v_mean: what is lost is how keys and values vary within a group, to
-second order. A receiver's own group is the group without it, so that it does not hear itself, and with as many
-landmarks as cells the result is exact.
+number; of how they vary within groups only the covariance is kept, one for all groups:
+
+    sum_j exp(q k_j) v_j ~ sum_g n_g exp(q k_g + q C_kk q / 2) (v_g + C_vk q)
+
+That is what Gaussian groups of one covariance give (C_kk cancels in the softmax), so one group is already right for a
+Gaussian population; with as many landmarks as cells the result is exact for any. A receiver is left out of its own
+group's means, of the number and of the covariance: it does not hear itself.
 
 Reference: Vyas et al., Fast Transformers with Clustered Attention, NeurIPS 2020, who cluster queries; here senders are.
 """
@@ -64,16 +68,23 @@ def attend_to_landmarks(
     dtype = jnp.promote_types(v.dtype, jnp.float32)
     q, k, v_wide = (x.astype(dtype) for x in (q, k, v))
     sizes = _sizes(groups, n_landmarks, dtype)
-    of_groups = jnp.maximum(sizes, 1)[None, :, None]
-    mean_k, mean_v = (jax.vmap(lambda x: _sums(x, groups, n_landmarks))(x) / of_groups for x in (k, v_wide))
-    elsewhere = attend_blockwise(q, mean_k, mean_v, excluded=groups, log_masses=jnp.log(sizes), mesh=mesh)
-    n_own = sizes[groups][None, :, None]
-    rest = n_own - 1
-    own_k, own_v = (
-        (n_own * mean[:, groups] - x) / jnp.maximum(rest, 1) for mean, x in ((mean_k, k), (mean_v, v_wide))
+    mean_k, mean_v = (
+        jax.vmap(lambda x: _sums(x, groups, n_landmarks))(x) / jnp.maximum(sizes, 1)[None, :, None] for x in (k, v_wide)
     )
-    logit = jnp.sum(q * own_k, axis=-1, keepdims=True) * q.shape[-1] ** -0.5 + jnp.log(rest)
+    elsewhere = attend_blockwise(q, mean_k, mean_v, excluded=groups, log_masses=jnp.log(sizes), mesh=mesh)
+
+    # The own group without the receiver: the mean moves away from it by its deviation over the number of the rest.
+    q = q * q.shape[-1] ** -0.5
+    rest = sizes[groups][None, :, None] - 1
+    off_k, off_v = k - mean_k[:, groups], v_wide - mean_v[:, groups]
+    own_k, own_v = (mean[:, groups] - off / jnp.maximum(rest, 1) for mean, off in ((mean_k, off_k), (mean_v, off_v)))
+    logit = jnp.sum(q * own_k, axis=-1, keepdims=True) + jnp.log(rest)
     received, _ = merge(elsewhere, (own_v, logit))
+
+    # And the scatter without it, by the same rule.
+    scatter = jnp.einsum("hnd,hne->hde", off_k, off_v)
+    own = jnp.sum(q * off_k, axis=-1, keepdims=True) * off_v * (rest + 1) / jnp.maximum(rest, 1)
+    received = received + (q @ scatter - own) / max(q.shape[1] - 1, 1)
     return received.astype(v.dtype)
 
 
