@@ -40,6 +40,7 @@ def a_batch():
     return TimeSeriesBatch(x0=cells(), targets=targets, weights=jnp.full((2, 9), 1 / 9), ts=TS)
 
 
+drift = jax.jit(scimf.drift, static_argnames="config")
 value_and_grad = jax.jit(jax.value_and_grad(scimf.loss, has_aux=True), static_argnames="config")
 
 
@@ -51,13 +52,13 @@ def close(got, want, tolerance):
     assert np.linalg.norm(flat(got) - flat(want)) <= tolerance * np.linalg.norm(flat(want))
 
 
-@pytest.mark.parametrize("config", [TINY, OPTIONS])
-def test_blockwise_is_dense(config):
+def test_blockwise_is_dense():
     """Drift, loss and gradient to all parameters, up to rounding."""
-    dense, tiles = replace(config, attention="dense"), replace(config, attention="blockwise")
-    params, batch, key = params_of(config), a_batch(), jax.random.key(0)
-    close(scimf.drift(params, batch.x0, config=tiles), scimf.drift(params, batch.x0, config=dense), 1e-6)
-    close(value_and_grad(params, batch, key, config=tiles), value_and_grad(params, batch, key, config=dense), 1e-5)
+    params, batch, key = params_of(TINY), a_batch(), jax.random.key(0)
+    close(value_and_grad(params, batch, key, config=TILES), value_and_grad(params, batch, key, config=DENSE), 1e-5)
+    dense, tiles = replace(OPTIONS, attention="dense"), replace(OPTIONS, attention="blockwise")
+    params = params_of(OPTIONS)
+    close(drift(params, batch.x0, config=tiles), drift(params, batch.x0, config=dense), 1e-6)
 
 
 def test_as_many_landmarks_as_cells_are_dense():
@@ -70,10 +71,10 @@ def test_few_landmarks_are_near_and_learn():
     """One landmark is the mean of the others: nearer to the truth than no interaction; its gradient reaches all."""
     config = replace(TINY, attention="landmarks", n_landmarks=1)
     params, x = params_of(config), cells(300)
-    exact = scimf.drift(params, x, config=DENSE)
-    alone = scimf.drift(params, x, config=replace(TINY, n_blocks=0))
+    exact = drift(params, x, config=DENSE)
+    alone = drift(params, x, config=replace(TINY, n_blocks=0))
     error = [
-        np.linalg.norm(scimf.drift(params, x, config=replace(config, n_landmarks=n)) - exact) for n in (1, 30, 150)
+        np.linalg.norm(drift(params, x, config=replace(config, n_landmarks=n)) - exact) for n in (1, 30, 150)
     ]
     assert error[2] < error[1] < error[0] < np.linalg.norm(alone - exact)
     assert error[1] < 0.1 * np.linalg.norm(alone - exact)
@@ -109,7 +110,7 @@ def test_dropout_leaves_out_senders_whichever_way_attention_is_computed():
     """The draws differ, their law does not: mean and variance of the drift over keys, within 5 standard errors."""
     params, x, n_draws = params_of(TINY), cells(), 4000
     keys = jax.random.split(jax.random.key(3), n_draws)
-    of = lambda config: jax.jit(jax.vmap(lambda key: scimf.drift(params, x, key=key, config=config)))  # noqa: E731
+    of = lambda config: jax.jit(jax.vmap(lambda key: drift(params, x, key=key, config=config)))  # noqa: E731
     dense, tiles = (np.asarray(of(replace(c, dropout=0.4))(keys), np.float64) for c in (DENSE, TILES))
     scale = np.sqrt((dense.var(0) + tiles.var(0)) / n_draws)
     assert np.abs(dense.mean(0) - tiles.mean(0)).max() < 5 * scale.max()
@@ -121,7 +122,7 @@ def test_landmarks_are_not_trained_with_dropout():
     config = replace(TINY, attention="landmarks", dropout=0.1)
     with pytest.raises(ValueError, match="dropout must be 0 where a model is trained with attention='landmarks'"):
         scimf.loss(params_of(config), a_batch(), jax.random.key(0), config=config)
-    scimf.drift(params_of(config), cells(), config=config)  # a trained model may predict with them
+    drift(params_of(config), cells(), config=config)  # a trained model may predict with them
 
 
 # -- half precision
@@ -129,19 +130,20 @@ def test_landmarks_are_not_trained_with_dropout():
 
 def test_half_precision_of_products_alone():
     """Same parameters, a state of float32, and results within a few steps of 2^-8 of the full precision's."""
+    batch, key = a_batch(), jax.random.key(0)
     for config in (TINY, OPTIONS, replace(TINY, diffusion="mlp", diffusion_widths=(3,))):
         half = replace(config, compute_dtype="bfloat16")
-        params, batch, key = params_of(half), a_batch(), jax.random.key(0)
+        params = params_of(half)
         assert jax.tree.all(jax.tree.map(np.array_equal, params, params_of(config)))
-        v = scimf.drift(params, batch.x0, config=half)
-        assert v.dtype == scimf.diffusion(params, batch.x0, config=half).dtype == jnp.float32
-        close(v, scimf.drift(params, batch.x0, config=config), 0.02)
-        (total, terms), grads = value_and_grad(params, batch, key, config=half)
-        (want, _), want_grads = value_and_grad(params, batch, key, config=config)
-        assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((total, terms, grads)))
-        np.testing.assert_allclose(total, want, rtol=0.02)
-        close(grads, want_grads, 0.05)
-        assert total != want
+        v, g = drift(params, batch.x0, config=half), jax.jit(partial(scimf.diffusion, config=half))(params, batch.x0)
+        assert v.dtype == g.dtype == jnp.float32
+        close(v, drift(params, batch.x0, config=config), 0.02)
+    (total, terms), grads = value_and_grad(params, batch, key, config=half)
+    (want, _), want_grads = value_and_grad(params, batch, key, config=config)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((total, terms, grads)))
+    np.testing.assert_allclose(total, want, rtol=0.02)
+    close(grads, want_grads, 0.05)
+    assert total != want
 
 
 def test_weights_and_read_outs_of_half_precision_are_float32():
@@ -164,13 +166,13 @@ from scjax.models import scimf
 from scjax.nn import blockwise
 
 blockwise.MANY_SENDERS, blockwise.ROWS, blockwise.COLUMNS = 0, 16, 32  # several tiles a device
-N, TS = 256, (0.0, 0.5, 1.0)
+N, TS = 256, (0.0, 1.0)
 mesh = jax.make_mesh((8,), ("cells",), axis_types=(jax.sharding.AxisType.Auto,))
-TINY = scimf.Config(n_dims=4, intrinsic_widths=(5,), n_blocks=2, dt=0.5, blur=0.5, attention="blockwise")
+TINY = scimf.Config(n_dims=4, intrinsic_widths=(5,), dt=0.5, blur=0.5, attention="blockwise")
 rng = np.random.default_rng(0)
 x = rng.normal(size=(N, 4)).astype(np.float32)
-batch = TimeSeriesBatch(x0=x, targets=rng.normal(size=(2, 9, 4)).astype(np.float32),
-                        weights=np.full((2, 9), 1 / 9, np.float32), ts=TS)
+batch = TimeSeriesBatch(x0=x, targets=rng.normal(size=(1, 9, 4)).astype(np.float32),
+                        weights=np.full((1, 9), 1 / 9, np.float32), ts=TS)
 params, key = scimf.init(jax.random.key(0), TINY), jax.random.key(1)
 spread = jax.device_put(x, NamedSharding(mesh, PartitionSpec("cells")))
 
@@ -183,9 +185,13 @@ found = {}
 for name, config in {"exact": TINY, "landmarks": replace(TINY, attention="landmarks", n_landmarks=30, dropout=0.0)}.items():
     drift = lambda p, x, mesh: scimf.drift(p, x, key=key if name == "exact" else None, config=config, mesh=mesh)
     simulate = lambda p, x, mesh: scimf.simulate(p, x, TS, key, config=config, mesh=mesh)
-    grads = lambda p, x, mesh: jax.grad(
-        lambda p, x: scimf.loss(p, replace(batch, x0=x), key, config=config, mesh=mesh)[0], argnums=(0, 1))(p, x)
-    for what, f in {"drift": drift, "simulate": simulate, "gradient": grads}.items():
+    def outcome(p, x, mesh):
+        path = scimf.simulate(p, x, TS, key, config=config, mesh=mesh)
+        return jnp.sum(jnp.sin(path.x)) + jnp.sum(path.kinetic_energy)
+    gradient = lambda p, x, mesh: jax.grad(outcome, argnums=(0, 1))(p, x, mesh)
+    loss = lambda p, x, mesh: scimf.loss(p, replace(batch, x0=x), key, config=config, mesh=mesh)
+    asked = {"drift": drift, "simulate": simulate, "gradient": gradient}
+    for what, f in (asked | ({"loss": loss} if name == "exact" else {})).items():
         one, many = jax.jit(partial(f, mesh=None)), jax.jit(partial(f, mesh=mesh)).lower(params, spread).compile()
         got = many(params, spread)
         found[f"{name} {what}"] = off(got, one(params, x))
@@ -219,8 +225,9 @@ def on_eight_devices():
 
 @pytest.mark.parametrize("mode", ["exact", "landmarks"])
 def test_eight_devices_are_one(on_eight_devices, mode):
-    """Drift (with dropout, where it is exact), simulated paths, and the loss' gradient to parameters and cells."""
+    """Drift and loss (with dropout, where exact), simulated paths, and their gradient to parameters and cells."""
     found = on_eight_devices
+    assert found.get(f"{mode} loss", 0) < 1e-5
     assert found[f"{mode} drift"] < 1e-6
     assert found[f"{mode} simulate"] < 1e-6
     assert found[f"{mode} gradient"] < 1e-5
