@@ -200,7 +200,10 @@ def hearing(params, x, n: int, seed: int, config: scimf.Config) -> np.ndarray:
 def ask_sinkhorn(args: argparse.Namespace) -> dict:
     args.cells = args.cells or 5000
     found = side(args, "sinkhorn")
-    return {"shapes": {"cells": args.cells, "targets": args.targets, "dims": N_DIMS}, "sides": {"scjax": found["figures"]}}
+    return {
+        "shapes": {"cells": args.cells, "targets": args.targets, "dims": N_DIMS},
+        "sides": {"scjax": found["figures"]},
+    }
 
 
 def run_sinkhorn(args: argparse.Namespace) -> None:

@@ -330,9 +330,7 @@ def _is_large(x: Float[Array, "n dims"], y: Float[Array, "m dims"]) -> bool:
     return len(x) * len(y) > DENSE_PAIRS
 
 
-def _softmins(
-    x: Float[Array, "n dims"], y: Float[Array, "m dims"], *, dense: bool = False
-) -> tuple[Softmin, Softmin]:
+def _softmins(x: Float[Array, "n dims"], y: Float[Array, "m dims"], *, dense: bool = False) -> tuple[Softmin, Softmin]:
     """The softmin over y for each x, and over x for each y.
 
     In tiles there are gradients by the cells that it is for alone: those summed over must be held fixed.

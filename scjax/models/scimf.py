@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from scjax.batches import TimeSeriesBatch
 from scjax.check import at_least, non_negative, one_of, positive, probability
@@ -43,13 +43,16 @@ from scjax.types import Metrics, Model, Params, Scalar
 __all__ = [
     "BlockAttention",
     "Config",
+    "Heads",
     "attention",
     "build",
     "diffusion",
     "drift",
+    "heads",
     "init",
     "interaction_scores",
     "loss",
+    "receiver_scores",
     "simulate",
     "target_self_transport",
 ]
@@ -162,6 +165,14 @@ class BlockAttention(NamedTuple):
     value_norms: Float[Array, "heads cells"]
 
 
+class Heads(NamedTuple):
+    """What cells ask for, answer to and tell in one interaction block; linear in cells, unlike `BlockAttention`."""
+
+    q: Float[Array, "heads cells head_dims"]
+    k: Float[Array, "heads cells head_dims"]
+    v: Float[Array, "heads cells head_dims"]
+
+
 class MLP(nn.Module):
     widths: tuple[int, ...]
     n_out: int
@@ -200,18 +211,14 @@ class Interaction(nn.Module):
         z = z + received.astype(z.dtype)
         return z + self.feedforward(self.norm_feedforward(z)).astype(z.dtype)
 
-    def receive(
-        self, z: Float[Array, "cells dims"], key: PRNGKeyArray | None
-    ) -> Float[Array, "heads cells head_dims"]:
+    def receive(self, z: Float[Array, "cells dims"], key: PRNGKeyArray | None) -> Float[Array, "heads cells head_dims"]:
         c, (q, k, v), n = self.config, self.qkv(z), z.shape[0]
         if c.attention == "landmarks":
             n_landmarks = min(c.n_landmarks, n)
             return attend_to_landmarks(q, k, v, group(merge_heads(k), n_landmarks), n_landmarks, mesh=self.mesh)
         if c.attention == "dense" or (c.attention == "auto" and self.mesh is None and n <= DENSE_CELLS):
             return attend(q, k, v, exclude_self=True, dropout_rate=c.dropout, key=key)
-        return attend_blockwise(
-            q, k, v, excluded=jnp.arange(n), dropout_rate=c.dropout, key=key, mesh=self.mesh
-        )[0]
+        return attend_blockwise(q, k, v, excluded=jnp.arange(n), dropout_rate=c.dropout, key=key, mesh=self.mesh)[0]
 
     def attention(self, z: Float[Array, "cells dims"]) -> BlockAttention:
         q, k, v = self.qkv(z)
@@ -245,6 +252,11 @@ class Drift(nn.Module):
             read.append(block.attention(x))
             x = block(x)
         return read
+
+    def heads(self, x: Float[Array, "cells dims"], n: int) -> Heads:
+        for block in self.interaction[:n]:
+            x = block(x)
+        return Heads(*self.interaction[n].qkv(x))
 
 
 class Diffusion(nn.Module):
@@ -339,6 +351,9 @@ def interaction_scores(
             little.
         block: number of the interaction block; only block 0 sees the cells' own states.
 
+    Returns:
+        Scores of all pairs. Where these are too many, `heads` and `receiver_scores` give some rows at a time.
+
     Raises:
         ValueError: the model has no such block.
     """
@@ -346,6 +361,30 @@ def interaction_scores(
     read = attention(params, x, config=config)[block]
     scores = read.weights if softmax else unnormalised_weights(read.logits)
     return scores * read.value_norms[:, None, :] if scale_by_value else scores
+
+
+def heads(params: Params, x: Float[Array, "cells dims"], *, config: Config, block: int = 0) -> Heads:
+    """Queries, keys and values of all cells in an interaction block: once for many calls of `receiver_scores`.
+
+    Raises:
+        ValueError: the model has no such block.
+    """
+    _check_width("x", x, config)
+    one_of("block", block, range(config.n_blocks))
+    return Drift(config).apply({"params": params["drift"]}, x, block, method="heads")
+
+
+def receiver_scores(
+    of: Heads, receivers: Int[Array, " receivers"], *, softmax: bool = True, scale_by_value: bool = True
+) -> Float[Array, "heads receivers cells"]:
+    """The rows of `interaction_scores` of some receivers, given by their numbers; no other row is computed.
+
+    The scores are those of exact attention, with attention="landmarks" too: what the landmarks stand for.
+    """
+    logits = attention_logits(of.q[:, receivers], of.k)
+    logits = logits.at[:, jnp.arange(len(receivers)), receivers].set(-jnp.inf)
+    scores = attention_weights(logits) if softmax else unnormalised_weights(logits)
+    return scores * jnp.linalg.norm(of.v, axis=-1)[:, None, :] if scale_by_value else scores
 
 
 def simulate(

@@ -16,7 +16,14 @@ from scjax.models import perturbdiff, scdfm, scimf
 from scjax.predict import cellsets, perturbation, timeseries
 from scjax.predict.cellsets import SetGenerationConfig, TrainedCellSets
 from scjax.predict.perturbation import GenerationConfig, TrainedPerturbation, observed_cells
-from scjax.predict.timeseries import TrainedTimeSeries, interaction_scores, project, simulate_cells, velocity
+from scjax.predict.timeseries import (
+    TrainedTimeSeries,
+    interaction_score_blocks,
+    interaction_scores,
+    project,
+    simulate_cells,
+    velocity,
+)
 
 __all__ = [
     "MODELS",
@@ -26,6 +33,7 @@ __all__ = [
     "TrainedCellSets",
     "TrainedPerturbation",
     "TrainedTimeSeries",
+    "interaction_score_blocks",
     "interaction_scores",
     "load",
     "model_title",

@@ -10,9 +10,11 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from scjax.batches import TimeSeriesBatch
+from scjax.data.datasets import klein2015
 from scjax.models import scimf
 
 TINY = scimf.Config(n_dims=4, intrinsic_widths=(5,), dt=0.5, blur=0.5, dropout=0.0)
@@ -73,9 +75,7 @@ def test_few_landmarks_are_near_and_learn():
     params, x = params_of(config), cells(300)
     exact = drift(params, x, config=DENSE)
     alone = drift(params, x, config=replace(TINY, n_blocks=0))
-    error = [
-        np.linalg.norm(drift(params, x, config=replace(config, n_landmarks=n)) - exact) for n in (1, 30, 150)
-    ]
+    error = [np.linalg.norm(drift(params, x, config=replace(config, n_landmarks=n)) - exact) for n in (1, 30, 150)]
     assert error[2] < error[1] < error[0] < np.linalg.norm(alone - exact)
     assert error[1] < 0.1 * np.linalg.norm(alone - exact)
     _, grads = value_and_grad(params, a_batch(), jax.random.key(0), config=replace(config, n_landmarks=4))
@@ -125,6 +125,21 @@ def test_landmarks_are_not_trained_with_dropout():
     drift(params_of(config), cells(), config=config)  # a trained model may predict with them
 
 
+def test_scores_of_some_receivers_are_rows_of_all():
+    """Both blocks, all options; heads are linear in cells."""
+    x, config = cells(), replace(OPTIONS, residual=False)
+    params = params_of(config)
+    receivers = jnp.asarray([12, 0, 7])
+    for block in (0, 1):
+        of = jax.jit(partial(scimf.heads, config=config, block=block))(params, x)
+        assert {leaf.shape for leaf in of} == {(4, N, 1)}
+        for options in ({}, {"softmax": False}, {"scale_by_value": False}):
+            want = scimf.interaction_scores(params, x, config=config, block=block, **options)[:, receivers]
+            np.testing.assert_allclose(scimf.receiver_scores(of, receivers, **options), want, rtol=1e-5, atol=1e-7)
+    with pytest.raises(ValueError, match="block must be one of 0, 1; got 2"):
+        scimf.heads(params, x, config=config, block=2)
+
+
 # -- half precision
 
 
@@ -151,6 +166,50 @@ def test_weights_and_read_outs_of_half_precision_are_float32():
     (read,) = scimf.attention(params_of(half), cells(), config=half)
     assert read.logits.dtype == read.weights.dtype == jnp.float32
     np.testing.assert_allclose(read.weights.sum(-1), 1, rtol=1e-6)
+
+
+def klein(n=128, n_dims=10):
+    """A batch of the shipped series in its first principal components, log-normalised; components' spread is 11 to 2."""
+    adata = klein2015()
+    x = np.log1p(1e4 * adata.X / adata.X.sum(1, keepdims=True))
+    u, s, _ = np.linalg.svd(x - x.mean(0), full_matrices=False)
+    latent, times = (u * s)[:, :n_dims].astype(np.float32), adata.obs["time"].to_numpy()
+    rng = np.random.default_rng(0)
+    x0, *targets = (rng.choice(latent[times == t], n) for t in (0.0, 2.0, 4.0, 7.0))
+    return TimeSeriesBatch(
+        x0=x0, targets=np.stack(targets), weights=np.full((3, n), 1 / n, np.float32), ts=(0.0, 2.0, 4.0, 7.0)
+    )
+
+
+def test_half_precision_on_a_real_series():
+    """Klein, after 60 steps of training: cells end 0.3 % of their displacement away, the loss moves by 0.1 %.
+
+    Measured: the preset scimf/klein after its 500 steps, 0.29 % and 0.06 %, its gradient 7 %; with 50 components and
+    the paper's network 0.24 % and 0.01 %, 2 %. The margins are threefold.
+    """
+    config = scimf.Config(n_dims=10, intrinsic_widths=(64, 64), dropout=0.0, dt=0.5, energy_weight=0.1)
+    batch, key = klein(), jax.random.key(0)
+
+    @partial(jax.jit, static_argnames="config")
+    def evaluate(params, config):
+        (total, _), grads = jax.value_and_grad(scimf.loss, has_aux=True)(params, batch, key, config=config)
+        path = scimf.simulate(params, batch.x0, batch.ts, jax.random.split(key)[0], config=config)
+        return total, path.x, grads
+
+    params, tx = scimf.init(jax.random.key(1), config), optax.adam(5e-3)
+    update, state = jax.jit(tx.update), tx.init(params)
+    before = evaluate(params, config)[0]
+    for _ in range(60):
+        updates, state = update(evaluate(params, config)[2], state)
+        params = optax.apply_updates(params, updates)
+    total, x, grads = evaluate(params, config)
+    assert total < 0.7 * before
+    total_half, x_half, grads_half = evaluate(params, replace(config, compute_dtype="bfloat16"))
+    assert x_half.dtype == jnp.float32
+    off = [np.sqrt(np.mean((x_half[i] - x[i]) ** 2) / np.mean((x[i] - x[0]) ** 2)) for i in (1, 2, 3)]
+    assert 0 < max(off) < 0.009
+    np.testing.assert_allclose(total_half, total, rtol=0.003)
+    close(grads_half, grads, 0.2)
 
 
 # -- devices
