@@ -26,8 +26,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from scjax.checkpoint import read as read_checkpoint
-from scjax.config import from_dict, to_dict
 from scjax.data.datasets import klein2015
 from scjax.experiment import train
 from scjax.losses import annealed_sinkhorn_divergence, self_transport

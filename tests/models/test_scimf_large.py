@@ -169,7 +169,7 @@ def test_weights_and_read_outs_of_half_precision_are_float32():
 
 
 def klein(n=128, n_dims=10):
-    """A batch of the shipped series in its first principal components, log-normalised; components' spread is 11 to 2."""
+    """A batch of the shipped series in its first principal components, log-normalised; their spread is 11 to 2."""
     adata = klein2015()
     x = np.log1p(1e4 * adata.X / adata.X.sum(1, keepdims=True))
     u, s, _ = np.linalg.svd(x - x.mean(0), full_matrices=False)
@@ -241,7 +241,8 @@ def off(got, want):
     return norm(jax.tree.map(lambda a, b: a - b, got, want)) / norm(want)
 
 found = {}
-for name, config in {"exact": TINY, "landmarks": replace(TINY, attention="landmarks", n_landmarks=30, dropout=0.0)}.items():
+near = replace(TINY, attention="landmarks", n_landmarks=30, dropout=0.0)
+for name, config in {"exact": TINY, "landmarks": near}.items():
     drift = lambda p, x, mesh: scimf.drift(p, x, key=key if name == "exact" else None, config=config, mesh=mesh)
     simulate = lambda p, x, mesh: scimf.simulate(p, x, TS, key, config=config, mesh=mesh)
     def outcome(p, x, mesh):
@@ -254,8 +255,8 @@ for name, config in {"exact": TINY, "landmarks": replace(TINY, attention="landma
         one, many = jax.jit(partial(f, mesh=None)), jax.jit(partial(f, mesh=mesh)).lower(params, spread).compile()
         got = many(params, spread)
         found[f"{name} {what}"] = off(got, one(params, x))
-        sizes = [int(np.prod([int(n) for n in dims.split(",")])) for dims in re.findall(r"f32\\[([0-9,]+)\\]", many.as_text())]
-        found[f"{name} {what} largest"] = max(sizes)
+        shapes = re.findall(r"f32\\[([0-9,]+)\\]", many.as_text())
+        found[f"{name} {what} largest"] = max(int(np.prod([int(n) for n in dims.split(",")])) for dims in shapes)
         if what == "drift":
             found[f"{name} shard"] = got.addressable_shards[0].data.shape
             traced = str(jax.make_jaxpr(partial(f, mesh=mesh))(params, x))
