@@ -39,6 +39,7 @@ LEAST_ROWS = 128  # below, the gradients of the senders (d x m, added to once a 
 MANY_SENDERS = 2**14  # beyond, a tile has not all of them: with LEAST_ROWS it would leave the cache
 COLUMNS = 2**11  # senders of a tile, where it has not all of them
 ROWS = 2**9  # and its receivers
+LARGER = 8  # times, both, on accelerators, which have no use for a small tile and pay for every one; not measured
 
 
 def mix_blockwise(
@@ -168,8 +169,9 @@ def _tiling(shape: tuple[int, int, int], m: int, block: int | None, sender_block
         if size is not None:
             check.at_least(name, size, 1)
     heads, n, _ = shape
-    columns = min(sender_block or (m if m <= MANY_SENDERS else COLUMNS), m)
-    rows = min(block or (max(LEAST_ROWS, TILE // m) if columns == m else ROWS), n)
+    larger = 1 if jax.default_backend() == "cpu" else LARGER
+    columns = min(sender_block or (m if m <= MANY_SENDERS else larger * COLUMNS), m)
+    rows = min(block or (max(LEAST_ROWS, TILE // m) if columns == m else larger * ROWS), n)
     tile = rows * columns
     group = max(size for size in range(1, heads + 1) if heads % size == 0 and (size == 1 or size * tile <= TILE))
     return _Tiling(n_blocks=math.ceil(n / rows), heads=group, n_sender_blocks=math.ceil(m / columns))

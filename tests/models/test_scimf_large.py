@@ -88,9 +88,11 @@ def test_auto_is_dense_for_few_and_blockwise_for_many(monkeypatch):
         params = jax.eval_shape(lambda: scimf.init(jax.random.key(0), config))
         return str(jax.make_jaxpr(partial(scimf.drift, config=config))(params, x))
 
-    for n in (N, scimf.DENSE_CELLS):
-        assert program(TINY, n) == program(DENSE, n) != program(TILES, n)
-    assert program(TINY, scimf.DENSE_CELLS + 1) == program(TILES, scimf.DENSE_CELLS + 1)
+    for backend, most in (("cpu", scimf.DENSE_CELLS), ("gpu", scimf.DENSE_CELLS_OF_ACCELERATORS)):
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        for n in (N, most):
+            assert program(TINY, n) == program(DENSE, n) != program(TILES, n)
+        assert program(TINY, most + 1) == program(TILES, most + 1)
 
 
 def test_a_large_population_holds_no_square():
@@ -243,24 +245,26 @@ def off(got, want):
 found = {}
 near = replace(TINY, attention="landmarks", n_landmarks=30, dropout=0.0)
 for name, config in {"exact": TINY, "landmarks": near}.items():
-    drift = lambda p, x, mesh: scimf.drift(p, x, key=key if name == "exact" else None, config=config, mesh=mesh)
-    simulate = lambda p, x, mesh: scimf.simulate(p, x, TS, key, config=config, mesh=mesh)
+    drift = lambda p, x, mesh: scimf.drift(p, x, key=key, config=config, mesh=mesh)
     def outcome(p, x, mesh):
         path = scimf.simulate(p, x, TS, key, config=config, mesh=mesh)
-        return jnp.sum(jnp.sin(path.x)) + jnp.sum(path.kinetic_energy)
-    gradient = lambda p, x, mesh: jax.grad(outcome, argnums=(0, 1))(p, x, mesh)
+        return jnp.sum(jnp.sin(path.x)) + jnp.sum(path.kinetic_energy), path
+    paths = lambda p, x, mesh: jax.grad(outcome, argnums=(0, 1), has_aux=True)(p, x, mesh)
     loss = lambda p, x, mesh: scimf.loss(p, replace(batch, x0=x), key, config=config, mesh=mesh)
-    asked = {"drift": drift, "simulate": simulate, "gradient": gradient}
-    for what, f in (asked | ({"loss": loss} if name == "exact" else {})).items():
+    asked = {"paths": paths} | ({"drift": drift, "loss": loss} if name == "exact" else {})
+    for what, f in asked.items():
         one, many = jax.jit(partial(f, mesh=None)), jax.jit(partial(f, mesh=mesh)).lower(params, spread).compile()
         got = many(params, spread)
-        found[f"{name} {what}"] = off(got, one(params, x))
+        want = one(params, x)
+        if what != "paths":
+            found[f"{name} {what}"] = off(got, want)
+            continue
+        found[f"{name} gradient"], found[f"{name} simulate"] = off(got[0], want[0]), off(got[1], want[1])
         shapes = re.findall(r"f32\\[([0-9,]+)\\]", many.as_text())
-        found[f"{name} {what} largest"] = max(int(np.prod([int(n) for n in dims.split(",")])) for dims in shapes)
-        if what == "drift":
-            found[f"{name} shard"] = got.addressable_shards[0].data.shape
-            traced = str(jax.make_jaxpr(partial(f, mesh=mesh))(params, x))
-            found[f"{name} local"] = "f32[2,32,2]" in traced  # queries of a device's own receivers
+        found[f"{name} largest"] = max(int(np.prod([int(n) for n in dims.split(",")])) for dims in shapes)
+        found[f"{name} shard"] = got[0][1].addressable_shards[0].data.shape
+        traced = str(jax.make_jaxpr(partial(f, mesh=mesh))(params, x))
+        found[f"{name} local"] = "f32[2,32,2]" in traced  # queries of a device's own receivers
 try:
     scimf.drift(params, jnp.asarray(x[:250]), config=TINY, mesh=mesh)
 except ValueError as err:
@@ -275,9 +279,11 @@ print(json.dumps(found))
 
 @pytest.fixture(scope="module")
 def on_eight_devices():
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    # Compiling is most of it; without LLVM's optimisations it is half of that.
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
-        [sys.executable, "-c", ON_EIGHT_DEVICES], env=env, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "-c", ON_EIGHT_DEVICES], env=env, capture_output=True, text=True, timeout=900, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -288,21 +294,19 @@ def test_eight_devices_are_one(on_eight_devices, mode):
     """Drift and loss (with dropout, where exact), simulated paths, and their gradient to parameters and cells."""
     found = on_eight_devices
     assert found.get(f"{mode} loss", 0) < 1e-5
-    assert found[f"{mode} drift"] < 1e-6
+    assert found.get(f"{mode} drift", 0) < 1e-6
     assert found[f"{mode} simulate"] < 1e-6
     assert found[f"{mode} gradient"] < 1e-5
 
 
 @pytest.mark.parametrize("mode", ["exact", "landmarks"])
 def test_cells_are_split_and_no_square_is_held(on_eight_devices, mode):
-    """Of 256 cells each device has 32; no array of the compiled program has an eighth of 256 x 256 numbers."""
+    """Of 256 cells each device has 32; no array of the compiled gradient has an eighth of 256 x 256 numbers."""
     found = on_eight_devices
     assert found[f"{mode} shard"] == [32, 4]
     assert found[f"{mode} local"]
     limit = 256 * 256 / 8 if mode == "exact" else 256 * 36  # cells x landmarks
-    assert found[f"{mode} drift largest"] < limit
-    assert found[f"{mode} simulate largest"] < limit
-    assert found[f"{mode} gradient largest"] < limit
+    assert found[f"{mode} largest"] < limit
 
 
 def test_what_a_mesh_cannot_do_is_told(on_eight_devices):
