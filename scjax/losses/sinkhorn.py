@@ -25,7 +25,9 @@ from jaxtyping import Array, Bool, Float, Int
 from scjax.check import at_least, positive, probability
 from scjax.kernels import squared_distances
 
-DENSE_PAIRS = 2**24  # cells of one population times cells of the other: 64 MiB of float32, with gradients 500 MiB in all
+DENSE_PAIRS = (
+    2**24
+)  # cells of one population times cells of the other: 64 MiB of float32, with gradients 500 MiB in all
 ROWS, COLUMNS = 2**9, 2**11  # of a tile beyond it: 4 MiB
 
 Softmin = Callable[[Any, Array], Array]  # (eps, h) -> -eps log sum exp(h - cost / eps), over one of two populations

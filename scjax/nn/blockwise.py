@@ -302,10 +302,11 @@ def _attend_block(block, senders, log_masses, seed, tiling):
 def _attend_tile(queries, rules, senders, log_masses, number, seed, tiling):
     keys, v = senders
     attended, log_totals = [], []
+    may_be_alone = rules.excluded is not None or log_masses is not None
     for q, k in zip(queries, keys, strict=True):
         logits = _logits(q, k, rules, log_masses, number)
         highest = logits.max(axis=-1, keepdims=True)
-        if rules.excluded is not None or log_masses is not None:
+        if may_be_alone:
             highest = jnp.where(jnp.isfinite(highest), highest, 0)
         weights = jnp.exp(logits - highest)
         total = weights.sum(axis=-1, keepdims=True)
@@ -313,7 +314,7 @@ def _attend_tile(queries, rules, senders, log_masses, number, seed, tiling):
         if tiling.dropout_rate:
             keep, chance = _keep(rules, weights.shape, number, seed, tiling)
             weights, total = jnp.where(keep, weights, 0), total * chance
-        attended.append(weights @ v / (jnp.where(total > 0, total, 1) if rules.excluded is not None else total))
+        attended.append(weights @ v / (jnp.where(total > 0, total, 1) if may_be_alone else total))
     return tuple(attended), tuple(log_totals)
 
 
