@@ -6,6 +6,10 @@ W2^2 / 2 as blur goes to 0. ott-jax's cost has no 1/2, so its epsilon is 2 blur^
 
 Weights default to uniform. A cell of weight 0 is padding: it must repeat a real cell, and then changes nothing.
 
+Up to `DENSE_PAIRS` pairs of cells the matrix of costs is held; beyond, every sum over cells makes it again in tiles, so
+that memory is linear in the cells, gradient included, and an update takes about three times as long. The values are the
+same but for rounding. Only `sinkhorn_plan`, which is such a matrix, always holds it.
+
 In float32 values are good to about 1e-7 of the squared spread of the clouds and of blur^2, whichever is larger: a blur
 of a hundred spreads, or a few cells a thousand spreads away from all others, leaves no digits of a small divergence.
 """
@@ -20,6 +24,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from scjax.check import at_least, positive, probability
 from scjax.kernels import squared_distances
+
+DENSE_PAIRS = (
+    2**24
+)  # cells of one population times cells of the other: 64 MiB of float32, with gradients 500 MiB in all
+ROWS, COLUMNS = 2**9, 2**11  # of a tile beyond it: 4 MiB
+
+Softmin = Callable[[Any, Array], Array]  # (eps, h) -> -eps log sum exp(h - cost / eps), over one of two populations
 
 
 class SinkhornSolution(NamedTuple):
@@ -98,12 +109,13 @@ def _transport(
     come down.
     """
     frozen_x, frozen_y, frozen_a, frozen_b = jax.lax.stop_gradient((x, y, a, b))
-    out = _solve(frozen_x, frozen_y, frozen_a, frozen_b, blur, threshold, max_iterations, symmetric=y is x)
+    solve = _solve_in_tiles if _is_large(x, y) else _solve
+    out = solve(frozen_x, frozen_y, frozen_a, frozen_b, blur, threshold, max_iterations, symmetric=y is x)
     # ott's duals hold the log weights and belong to the doubled cost, so that divided by its epsilon they are the
     # shifted duals that _softmin takes.
     eps = blur**2
-    f = _softmin(eps, squared_distances(x, frozen_y) / 2, out.g / (2 * eps), axis=1)
-    g = _softmin(eps, squared_distances(frozen_x, y) / 2, out.f / (2 * eps), axis=0)
+    f = _softmins(x, frozen_y)[0](eps, out.g / (2 * eps))
+    g = _softmins(frozen_x, y)[1](eps, out.f / (2 * eps))
     cost = _mass(x, a) @ f + _mass(y, b) @ g
     # ott calls an infinite error converged.
     return cost, jnp.asarray(out.converged) & jnp.isfinite(cost), jnp.asarray(out.n_iters)
@@ -143,8 +155,62 @@ def _solve(
             parallel_dual_updates=symmetric,
             momentum=momentum,
         )
-        f, g = _annealed_duals(squared_distances(x, y) / 2, log_a, log_b, diameter, blur, scaling=0.98)
+        f, g = _annealed_duals(_softmins(x, y, dense=True), log_a, log_b, diameter, blur, scaling=0.98)
         return solver(problem, init=(2 * (f + eps * log_a), 2 * (g + eps * log_b)))
+
+
+class _Duals(NamedTuple):
+    """What is used of ott-jax's solution, in its unit."""
+
+    f: Float[Array, " n"]
+    g: Float[Array, " m"]
+    converged: Bool[Array, ""]
+    n_iters: Int[Array, ""]
+
+
+def _solve_in_tiles(
+    x: Float[Array, "n dims"],
+    y: Float[Array, "m dims"],
+    a: Float[Array, " n"] | None,
+    b: Float[Array, " m"] | None,
+    blur: float,
+    threshold: float,
+    max_iterations: int,
+    symmetric: bool = False,
+) -> _Duals:
+    """`_solve` without ott-jax, whose own way with large populations (`batch_size`) is broken on new JAX.
+
+    The same start and the same factors. The marginals of the plan of two duals are a exp((f - f') / eps) with the
+    duals f' that an exact update would give, so that the error costs nothing.
+    """
+    log_a, log_b, eps = _log_weights(x, a), _log_weights(y, b), blur**2
+    over_y, over_x = _softmins(x, y)
+
+    def error(masses: Array, dual: Array, exact: Array) -> Array:
+        return masses @ jnp.abs(jnp.expm1((dual - exact) / eps))
+
+    def together(state: tuple[Array, ...]) -> tuple[Array, ...]:
+        n, f, _, _ = state
+        exact = over_y(eps, log_b + f / eps)
+        f, off = (f + exact) / 2, error(_mass(x, a), f, exact)
+        return n + 1, f, f, off
+
+    def in_turn(state: tuple[Array, ...]) -> tuple[Array, ...]:
+        n, f, g, _ = state
+        exact_f = over_y(eps, log_b + g / eps)
+        off, f = error(_mass(x, a), f, exact_f), f + 1.8 * (exact_f - f)
+        exact_g = over_x(eps, log_a + f / eps)
+        off, g = jnp.maximum(off, error(_mass(y, b), g, exact_g)), g + 1.8 * (exact_g - g)
+        return n + 1, f, g, off
+
+    def unfinished(state: tuple[Array, ...]) -> Array:
+        return (state[0] < max_iterations) & ~(state[-1] <= threshold)
+
+    diameter = _diameter(jnp.concatenate([x, y]))
+    f, g = _annealed_duals((over_y, over_x), log_a, log_b, diameter, blur, scaling=0.98)
+    start = jnp.zeros((), jnp.int32), f, g, jnp.full((), jnp.inf, x.dtype)
+    n, f, g, off = jax.lax.while_loop(unfinished, together if symmetric else in_turn, start)
+    return _Duals(2 * (f + eps * log_a), 2 * (g + eps * log_b), off <= threshold, n)
 
 
 def sinkhorn_plan(
@@ -202,12 +268,9 @@ def annealed_sinkhorn_divergence(
     log_a, log_b = _log_weights(x, a), _log_weights(y, b)
     diameter = _diameter(jnp.concatenate([x, y]))
     frozen_x, frozen_y = jax.lax.stop_gradient((x, y))
-    f, g = _annealed_duals(squared_distances(frozen_x, frozen_y) / 2, log_a, log_b, diameter, blur, scaling)
+    f, g = _annealed_duals(_softmins(frozen_x, frozen_y), log_a, log_b, diameter, blur, scaling)
     eps = blur**2
-    f, g = (
-        _softmin(eps, squared_distances(x, frozen_y) / 2, log_b + g / eps, axis=1),
-        _softmin(eps, squared_distances(frozen_x, y) / 2, log_a + f / eps, axis=0),
-    )
+    f, g = _softmins(x, frozen_y)[0](eps, log_b + g / eps), _softmins(frozen_x, y)[1](eps, log_a + f / eps)
     own_x = _self_transport(x, a, diameter, blur, scaling) if self_transport_x is None else self_transport_x
     own_y = _self_transport(y, b, diameter, blur, scaling)
     return _mass(x, a) @ f + _mass(y, b) @ g - own_x - own_y
@@ -233,7 +296,7 @@ def self_transport(
 
 
 def _annealed_duals(
-    cost: Float[Array, "n m"],
+    softmins: tuple[Softmin, Softmin],
     log_a: Float[Array, " n"],
     log_b: Float[Array, " m"],
     diameter: Float[Array, ""],
@@ -241,8 +304,8 @@ def _annealed_duals(
     scaling: float,
 ) -> tuple[Float[Array, " n"], Float[Array, " m"]]:
     def update(eps: Array, duals: tuple[Array, Array]) -> tuple[Array, Array]:
-        f, g = duals
-        return _softmin(eps, cost, log_b + g / eps, axis=1), _softmin(eps, cost, log_a + f / eps, axis=0)
+        (f, g), (over_y, over_x) = duals, softmins
+        return over_y(eps, log_b + g / eps), over_x(eps, log_a + f / eps)
 
     return _anneal(update, (jnp.zeros_like(log_a), jnp.zeros_like(log_b)), diameter, blur, scaling)
 
@@ -255,14 +318,90 @@ def _self_transport(
     scaling: float,
 ) -> Float[Array, ""]:
     log_a, frozen = _log_weights(x, a), jax.lax.stop_gradient(x)
-    cost = squared_distances(frozen, frozen) / 2
+    over_frozen, _ = _softmins(frozen, frozen)
 
     def update(eps: Array, duals: tuple[Array]) -> tuple[Array]:
-        return (_softmin(eps, cost, log_a + duals[0] / eps, axis=1),)
+        return (over_frozen(eps, log_a + duals[0] / eps),)
 
     (p,) = _anneal(update, (jnp.zeros_like(log_a),), diameter, blur, scaling)
     eps = blur**2
-    return _mass(x, a) @ _softmin(eps, squared_distances(x, frozen) / 2, log_a + p / eps, axis=1)
+    return _mass(x, a) @ _softmins(x, frozen)[0](eps, log_a + p / eps)
+
+
+def _is_large(x: Float[Array, "n dims"], y: Float[Array, "m dims"]) -> bool:
+    return len(x) * len(y) > DENSE_PAIRS
+
+
+def _softmins(x: Float[Array, "n dims"], y: Float[Array, "m dims"], *, dense: bool = False) -> tuple[Softmin, Softmin]:
+    """The softmin over y for each x, and over x for each y.
+
+    In tiles there are gradients by the cells that it is for alone: those summed over must be held fixed.
+    """
+    if _is_large(x, y) and not dense:
+        return (lambda eps, h: _tiled_softmin(eps, x, y, h)), (lambda eps, h: _tiled_softmin(eps, y, x, h))
+    cost = squared_distances(x, y) / 2
+    return (lambda eps, h: _softmin(eps, cost, h, axis=1)), (lambda eps, h: _softmin(eps, cost, h, axis=0))
+
+
+@jax.custom_vjp
+def _tiled_softmin(
+    eps: Float[Array, ""] | float, x: Float[Array, "n dims"], y: Float[Array, "m dims"], h: Float[Array, " m"]
+) -> Float[Array, " n"]:
+    """`_softmin` over y for each x; no array of n x m."""
+
+    def rows(x: Array) -> Array:
+        def columns(log_sum: Array, part: tuple[Array, Array]) -> tuple[Array, None]:
+            y, h = part
+            tile = h[None] - squared_distances(x, y) / (2 * eps)
+            return jnp.logaddexp(log_sum, jax.nn.logsumexp(tile, axis=1)), None
+
+        log_sum, _ = jax.lax.scan(columns, jnp.full(len(x), -jnp.inf, x.dtype), _cut_columns(y, h))
+        return -eps * log_sum
+
+    return jax.lax.map(rows, _cut_rows(x)).ravel()[: len(x)]
+
+
+def _tiled_softmin_forward(eps, x, y, h):
+    f = _tiled_softmin(eps, x, y, h)
+    return f, (eps, x, y, h, f)
+
+
+def _tiled_softmin_backward(residuals, d_f):
+    """By x_i it is the mean of x_i - y_j under the weights exp(h_j - (cost_ij - f_i) / eps)."""
+    eps, x, y, h, f = residuals
+
+    def rows(block):
+        x, f = block
+
+        def columns(sums, part):
+            y, h = part
+            weights = jnp.exp(h[None] - (squared_distances(x, y) / 2 - f) / eps)
+            return (sums[0] + weights.sum(axis=1, keepdims=True), sums[1] + weights @ y), None
+
+        zeros = jnp.zeros_like(f), jnp.zeros_like(x)
+        (total, mean), _ = jax.lax.scan(columns, zeros, _cut_columns(y, h))
+        return total * x - mean
+
+    d_x = jax.lax.map(rows, (_cut_rows(x), _cut_rows(f[:, None]))).reshape(-1, x.shape[1])[: len(x)]
+    return jnp.zeros_like(eps), d_f[:, None] * d_x, jnp.zeros_like(y), jnp.zeros_like(h)
+
+
+_tiled_softmin.defvjp(_tiled_softmin_forward, _tiled_softmin_backward)
+
+
+def _cut_rows(x: Float[Array, "n dims"]) -> Float[Array, "blocks rows dims"]:
+    n_blocks = math.ceil(len(x) / ROWS)
+    return jnp.pad(x, ((0, -len(x) % n_blocks), (0, 0)), mode="edge").reshape(n_blocks, -1, x.shape[1])
+
+
+def _cut_columns(
+    y: Float[Array, "m dims"], h: Float[Array, " m"]
+) -> tuple[Float[Array, "blocks columns dims"], Float[Array, "blocks columns"]]:
+    """The last block is filled up with cells that weigh nothing."""
+    n_blocks = math.ceil(len(y) / COLUMNS)
+    filler = -len(y) % n_blocks
+    h = jnp.pad(h, (0, filler), constant_values=-jnp.inf)
+    return jnp.pad(y, ((0, filler), (0, 0)), mode="edge").reshape(n_blocks, -1, y.shape[1]), h.reshape(n_blocks, -1)
 
 
 def _softmin(

@@ -3,16 +3,31 @@
 Everywhere rows are receivers and columns are senders: `scores[h, i, j]` is what cell j exerts on cell i in head h, and
 entry (a, b) of a type matrix what type b exerts on type a. A label of -1 leaves a cell out of the means; it may still
 have taken part in the attention.
+
+Where scores are too many to be held, `type_interactions` and `top_partners` take them as blocks of receivers, in order
+(`predict.interaction_score_blocks`), and hold one block at a time.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from scjax import check
 
-__all__ = ["AsymmetryTest", "BalancedCells", "asymmetry_index", "asymmetry_test", "balanced_cells", "type_interactions"]
+__all__ = [
+    "AsymmetryTest",
+    "BalancedCells",
+    "Partners",
+    "asymmetry_index",
+    "asymmetry_test",
+    "balanced_cells",
+    "top_partners",
+    "type_interactions",
+]
+
+ScoreBlocks: TypeAlias = Iterable[Float[Array | np.ndarray, "heads receivers cells"]]
 
 
 class BalancedCells(NamedTuple):
@@ -43,8 +58,49 @@ class AsymmetryTest(NamedTuple):
     p_value: float
 
 
+class Partners(NamedTuple):
+    """The strongest senders of each receiver, the strongest first.
+
+    Attributes:
+        senders: number of the cell.
+        scores: how strongly it acts, in the unit of the scores.
+    """
+
+    senders: Int[np.ndarray, "heads cells k"]
+    scores: Float[np.ndarray, "heads cells k"]
+
+
+def top_partners(scores: Float[Array | np.ndarray, "heads cells cells"] | ScoreBlocks, k: int) -> Partners:
+    """The k cells that act most strongly on each cell, itself left out; among equals the first.
+
+    Args:
+        scores: of all pairs, or blocks of receivers in order.
+
+    Raises:
+        ValueError: k below 1, or not below the number of cells.
+    """
+    check.at_least("k", k, 1)
+    found, start = [], 0
+    for block in _blocks(scores):
+        n = block.shape[2]
+        if k >= n:
+            raise ValueError(f"k must be below the number of cells, {n}, for no cell is its own partner; got {k}.")
+        own = np.arange(block.shape[1])
+        block = np.array(block)
+        block[:, own, start + own] = -np.inf
+        # All that reach the k-th score, then the first k of them by score and number: ties have one order.
+        least = np.partition(block, n - k, axis=-1)[..., n - k, None]
+        senders = np.empty((*block.shape[:2], k), np.int64)
+        for place in np.ndindex(block.shape[:2]):
+            near = np.flatnonzero(block[place] >= least[place])
+            senders[place] = near[np.argsort(-block[place][near], kind="stable")[:k]]
+        found.append(Partners(senders, np.take_along_axis(block, senders, axis=-1)))
+        start += len(own)
+    return Partners(*(np.concatenate(part, axis=1) for part in zip(*found, strict=True)))
+
+
 def type_interactions(
-    scores: Float[Array | np.ndarray, "heads cells cells"],
+    scores: Float[Array | np.ndarray, "heads cells cells"] | ScoreBlocks,
     labels: Int[Array | np.ndarray, " cells"],
     n_types: int,
     *,
@@ -57,17 +113,30 @@ def type_interactions(
     After a softmax over N senders entries are of the order 1 / N: multiply by N to compare populations of different
     sizes. A type without cells (with `exclude_self`: without pairs) has NaN.
 
+    Args:
+        scores: of all pairs, or blocks of receivers in order.
+
     Raises:
-        ValueError: labels outside -1 .. n_types - 1.
+        ValueError: labels outside -1 .. n_types - 1, or another number of them than of receivers.
     """
-    scores = np.asarray(scores, np.result_type(np.asarray(scores).dtype, np.float32))
-    members = _members(labels, n_types, scores.dtype)
-    sums = np.einsum("ia,hij,jb->hab", members, scores, members, optimize=True)
+    _check_labels(np.asarray(labels), n_types)
+    sums, start = 0, 0
+    for block in _blocks(scores):
+        block = np.asarray(block, np.result_type(np.asarray(block).dtype, np.float32))
+        members = _members(labels, n_types, block.dtype)
+        stop = start + block.shape[1]
+        rows = members[start:stop]
+        if len(rows) == block.shape[1]:
+            sums = sums + np.einsum("ia,hij,jb->hab", rows, block, members, optimize=True)
+            if exclude_self:
+                own = np.einsum("ia,hi->ha", rows, block[:, np.arange(len(rows)), np.arange(start, stop)])
+                sums = sums - own[:, :, None] * np.eye(n_types, dtype=block.dtype)[None]
+        start = stop
+    if start != len(labels):
+        raise ValueError(f"labels must be as many as the receivers of scores, {start}; got {len(labels)}.")
     n = members.sum(axis=0)
     pairs = n[:, None] * n[None]
     if exclude_self:
-        own = np.einsum("ia,hii->ha", members, scores)
-        sums = sums - own[:, :, None] * np.eye(n_types, dtype=scores.dtype)[None]
         pairs = pairs - np.diag(n)
     return np.divide(sums, pairs[None], out=np.full_like(sums, np.nan), where=np.broadcast_to(pairs > 0, sums.shape))
 
@@ -144,6 +213,11 @@ def asymmetry_test(
     # >= with room for rounding: relabellings that give the same matrix must count as ties.
     n_as_large = int(np.sum(null >= observed - 1e-12))
     return AsymmetryTest(observed, null, (1 + n_as_large) / (1 + n_permutations))
+
+
+def _blocks(scores: Any) -> Iterable[Any]:
+    """A whole matrix is one block."""
+    return [scores] if isinstance(scores, np.ndarray | Array) else scores
 
 
 def _members(labels: Any, n_types: int, dtype: np.dtype) -> np.ndarray:

@@ -13,13 +13,14 @@ transformer-enhanced Neural SDE", arXiv 2505.16492.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Float, PRNGKeyArray
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from scjax.batches import TimeSeriesBatch
 from scjax.check import at_least, non_negative, one_of, positive, probability
@@ -32,6 +33,8 @@ from scjax.nn.attention import (
     split_heads,
     unnormalised_weights,
 )
+from scjax.nn.blockwise import CELLS, attend_blockwise, devices_along_cells
+from scjax.nn.landmarks import attend_to_landmarks, group
 from scjax.nn.linear import Linear
 from scjax.processes import sde
 from scjax.processes.sde import Trajectory
@@ -40,16 +43,26 @@ from scjax.types import Metrics, Model, Params, Scalar
 __all__ = [
     "BlockAttention",
     "Config",
+    "Heads",
     "attention",
     "build",
     "diffusion",
     "drift",
+    "heads",
     "init",
     "interaction_scores",
     "loss",
+    "receiver_scores",
     "simulate",
     "target_self_transport",
 ]
+
+
+DENSE_CELLS, DENSE_CELLS_OF_ACCELERATORS = 1024, 8192
+"""Up to so many cells attention="auto" holds all weights at once, on a CPU and elsewhere. On a CPU tiles are as fast
+from there on, and three times as fast with gradients; accelerators, not measured, like few large operations."""
+
+AttentionKind = Literal["auto", "dense", "blockwise", "landmarks"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +81,14 @@ class Config:
     enters only through what the block before left of it. True adds each sub-layer to its input, as transformers do,
     and the interaction is the sum of what was added."""
     dropout: float = 0.1  # of attention weights, in training only; drawn anew at every solver step
+    attention: AttentionKind = "auto"
+    """How attention is computed. "dense" holds the weights of all pairs of cells; "blockwise" gives the same numbers
+    from tiles of them, in memory that grows with the cells, gradient included; "auto" is dense up to `DENSE_CELLS` and
+    blockwise beyond, or wherever cells are spread over devices (dropout then draws others of the same law). "landmarks"
+    is an approximation, linear in cells also in time: see `nn.landmarks`. Its error is measured by
+    benchmarks/large_population.py; on Klein, 64 landmarks: 1.4 % of the interaction at 1000 cells, and paths of 100,000
+    cells that end 0.7 % of their displacement off. It trains without dropout only, which is of single senders."""
+    n_landmarks: int = 64  # of "landmarks"; with as many as cells it is exact
     diffusion: Literal["constant", "learned", "mlp"] = "constant"
     """"learned" is a trained vector, one entry a dimension; "mlp" a network of the cell's own state, within (-1, 1)."""
     sigma: float = 0.1
@@ -87,6 +108,9 @@ class Config:
     Math. 356, 2018)."""
     sinkhorn_threshold: float = 1e-3  # of "converged": the largest total error of a marginal
     sinkhorn_iterations: int = 20_000  # of "converged": at most
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of matrix products and activations. Parameters, normalisations, softmax, transport and the state of the SDE stay
+    float32."""
     sinkhorn_weight: float = 1.0  # of the mean divergence over the observed times, in squared state units
     energy_weight: float = 1.0  # of the kinetic energy per time unit, squared state units per squared time unit
 
@@ -94,6 +118,7 @@ class Config:
         at_least("n_dims", self.n_dims, 1)
         at_least("n_blocks", self.n_blocks, 0)
         at_least("n_heads", self.n_heads, 1)
+        at_least("n_landmarks", self.n_landmarks, 1)
         at_least("sinkhorn_iterations", self.sinkhorn_iterations, 1)
         for name in ("intrinsic_widths", "diffusion_widths"):
             for width in getattr(self, name):
@@ -105,7 +130,9 @@ class Config:
                 f"Take one of {divisors}, or another number of dimensions."
             )
         one_of("diffusion", self.diffusion, ("constant", "learned", "mlp"))
+        one_of("attention", self.attention, get_args(AttentionKind))
         one_of("sinkhorn", self.sinkhorn, ("annealed", "converged"))
+        one_of("compute_dtype", self.compute_dtype, ("float32", "bfloat16"))
         if self.sinkhorn == "converged" and not self.debiased:
             raise ValueError(
                 "debiased=False is of sinkhorn='annealed'; with sinkhorn='converged' leave it at True, got False."
@@ -119,6 +146,11 @@ class Config:
         probability("scaling", self.scaling)
         non_negative("sinkhorn_weight", self.sinkhorn_weight)
         non_negative("energy_weight", self.energy_weight)
+
+    @property
+    def dtype(self) -> Any:
+        """For flax's layers: None computes in the dtype of the parameters."""
+        return jnp.bfloat16 if self.compute_dtype == "bfloat16" else None
 
 
 class BlockAttention(NamedTuple):
@@ -135,42 +167,61 @@ class BlockAttention(NamedTuple):
     value_norms: Float[Array, "heads cells"]
 
 
+class Heads(NamedTuple):
+    """What cells ask for, answer to and tell in one interaction block; linear in cells, unlike `BlockAttention`."""
+
+    q: Float[Array, "heads cells head_dims"]
+    k: Float[Array, "heads cells head_dims"]
+    v: Float[Array, "heads cells head_dims"]
+
+
 class MLP(nn.Module):
     widths: tuple[int, ...]
     n_out: int
     activation: str  # "leaky_relu" or "lipswish"
+    dtype: Any
 
     @nn.compact
     def __call__(self, x: Float[Array, "cells inputs"]) -> Float[Array, "cells outputs"]:
         act = {"leaky_relu": nn.leaky_relu, "lipswish": lambda u: 0.909 * nn.silu(u)}[self.activation]
         for i, width in enumerate(self.widths):
-            x = act(Linear(width, name=f"hidden_{i}")(x))
-        return Linear(self.n_out, name="output")(x)
+            x = act(Linear(width, dtype=self.dtype, name=f"hidden_{i}")(x))
+        return Linear(self.n_out, dtype=self.dtype, name="output")(x)
 
 
 class Interaction(nn.Module):
     """One block: attention to the other cells, then a feed-forward layer."""
 
     config: Config
+    mesh: Mesh | None = None
 
     def setup(self):
-        d = self.config.n_dims
-        norm = partial(nn.LayerNorm, epsilon=1e-5, use_fast_variance=False)
+        d, dtype = self.config.n_dims, self.config.dtype
+        norm = partial(nn.LayerNorm, epsilon=1e-5, use_fast_variance=False, dtype=dtype)
         self.norm_query_key, self.norm_value, self.norm_feedforward = norm(), norm(), norm()
-        self.query, self.key, self.value = (Linear(d, use_bias=False) for _ in range(3))
-        self.feedforward = MLP((4 * d,), d, "leaky_relu")
+        self.query, self.key, self.value = (Linear(d, use_bias=False, dtype=dtype) for _ in range(3))
+        self.feedforward = MLP((4 * d,), d, "leaky_relu", dtype)
 
     def qkv(self, z: Float[Array, "cells dims"]) -> tuple[Float[Array, "heads cells head_dims"], ...]:
         a, b = self.norm_query_key(z), self.norm_value(z)
         return tuple(split_heads(p, self.config.n_heads) for p in (self.query(a), self.key(a), self.value(b)))
 
     def __call__(self, z: Float[Array, "cells dims"], key: PRNGKeyArray | None = None) -> Float[Array, "cells dims"]:
-        q, k, v = self.qkv(z)
-        received = merge_heads(attend(q, k, v, exclude_self=True, dropout_rate=self.config.dropout, key=key))
+        received = merge_heads(self.receive(z, key))
         if not self.config.residual:
             return self.feedforward(self.norm_feedforward(received))
-        z = z + received
-        return z + self.feedforward(self.norm_feedforward(z))
+        z = z + received.astype(z.dtype)
+        return z + self.feedforward(self.norm_feedforward(z)).astype(z.dtype)
+
+    def receive(self, z: Float[Array, "cells dims"], key: PRNGKeyArray | None) -> Float[Array, "heads cells head_dims"]:
+        c, (q, k, v), n = self.config, self.qkv(z), z.shape[0]
+        if c.attention == "landmarks":
+            n_landmarks = min(c.n_landmarks, n)
+            return attend_to_landmarks(q, k, v, group(merge_heads(k), n_landmarks), n_landmarks, mesh=self.mesh)
+        few = n <= (DENSE_CELLS if jax.default_backend() == "cpu" else DENSE_CELLS_OF_ACCELERATORS)
+        if c.attention == "dense" or (c.attention == "auto" and self.mesh is None and few):
+            return attend(q, k, v, exclude_self=True, dropout_rate=c.dropout, key=key)
+        return attend_blockwise(q, k, v, excluded=jnp.arange(n), dropout_rate=c.dropout, key=key, mesh=self.mesh)[0]
 
     def attention(self, z: Float[Array, "cells dims"]) -> BlockAttention:
         q, k, v = self.qkv(z)
@@ -180,20 +231,21 @@ class Interaction(nn.Module):
 
 class Drift(nn.Module):
     config: Config
+    mesh: Mesh | None = None
 
     def setup(self):
         c = self.config
-        self.intrinsic = MLP(c.intrinsic_widths, c.n_dims, "leaky_relu")
-        self.interaction = [Interaction(c) for _ in range(c.n_blocks)]
+        self.intrinsic = MLP(c.intrinsic_widths, c.n_dims, "leaky_relu", c.dtype)
+        self.interaction = [Interaction(c, self.mesh) for _ in range(c.n_blocks)]
 
     def __call__(self, x: Float[Array, "cells dims"], key: PRNGKeyArray | None = None) -> Float[Array, "cells dims"]:
-        alone = self.intrinsic(x)
+        alone = self.intrinsic(x).astype(x.dtype)
         if not self.config.n_blocks:
             return alone
         z = x
         for i, block in enumerate(self.interaction):
             z = block(z, None if key is None else jax.random.fold_in(key, i))
-        pulled = z - x if self.config.residual else z
+        pulled = z - x if self.config.residual else z.astype(x.dtype)
         # A single cell has nobody to attend to; the feed-forward layer's bias is not an interaction.
         return alone + (pulled if x.shape[0] > 1 else jnp.zeros_like(x))
 
@@ -204,6 +256,11 @@ class Drift(nn.Module):
             x = block(x)
         return read
 
+    def heads(self, x: Float[Array, "cells dims"], n: int) -> Heads:
+        for block in self.interaction[:n]:
+            x = block(x)
+        return Heads(*self.interaction[n].qkv(x))
+
 
 class Diffusion(nn.Module):
     config: Config
@@ -212,7 +269,7 @@ class Diffusion(nn.Module):
     def __call__(self, x: Float[Array, "cells dims"]) -> Float[Array, "cells dims"]:
         c = self.config
         if c.diffusion == "mlp":
-            return jnp.tanh(MLP(c.diffusion_widths, c.n_dims, "lipswish", name="mlp")(x))
+            return jnp.tanh(MLP(c.diffusion_widths, c.n_dims, "lipswish", c.dtype, name="mlp")(x).astype(x.dtype))
         sigma = self.param("sigma", nn.initializers.normal(c.sigma), (c.n_dims,))
         return jnp.broadcast_to(sigma[None], x.shape)
 
@@ -228,18 +285,38 @@ def init(key: PRNGKeyArray, config: Config) -> Params:
 
 
 def drift(
-    params: Params, x: Float[Array, "cells dims"], *, key: PRNGKeyArray | None = None, config: Config
+    params: Params,
+    x: Float[Array, "cells dims"],
+    *,
+    key: PRNGKeyArray | None = None,
+    config: Config,
+    mesh: Mesh | None = None,
 ) -> Float[Array, "cells dims"]:
     """Velocity of each cell given all others, state units per time unit: f(x_i) + g(x_i, {x_j : j != i}).
 
     Deterministic without a key; with one, attention weights are dropped out at the rate of the config. Applied to the
     observed cells of one time it is their velocity field.
 
+    Args:
+        mesh: of devices, with an axis "cells" (`jax.make_mesh` with `AxisType.Auto`): each then computes the velocity
+            of its share of the cells. Values are those of one device but for rounding; dropout draws the same.
+
     Raises:
-        ValueError: x is not of the width that the config names.
+        ValueError: x is not of the width that the config names; a number of cells that is no multiple of the devices
+            along "cells"; attention="dense" on a mesh; a key where attention="landmarks" and dropout is not 0.
     """
     _check_width("x", x, config)
-    return Drift(config).apply({"params": params["drift"]}, x, key)
+    if config.n_blocks and config.attention == "dense" and mesh is not None:
+        raise ValueError("attention='dense' holds all pairs of cells on one device; with a mesh take 'auto'.")
+    if config.n_blocks and config.attention == "landmarks" and key is not None and config.dropout:
+        raise ValueError(
+            f"dropout must be 0 where a model is trained with attention='landmarks'; got {config.dropout}. "
+            "It leaves out single senders, and landmarks stand for many."
+        )
+    if mesh is not None:
+        devices_along_cells(mesh, x.shape[0])
+        x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(CELLS)))
+    return Drift(config, mesh).apply({"params": params["drift"]}, x, key)
 
 
 def diffusion(params: Params, x: Float[Array, "cells dims"], *, config: Config) -> Float[Array, "cells dims"]:
@@ -277,6 +354,9 @@ def interaction_scores(
             little.
         block: number of the interaction block; only block 0 sees the cells' own states.
 
+    Returns:
+        Scores of all pairs. Where these are too many, `heads` and `receiver_scores` give some rows at a time.
+
     Raises:
         ValueError: the model has no such block.
     """
@@ -284,6 +364,30 @@ def interaction_scores(
     read = attention(params, x, config=config)[block]
     scores = read.weights if softmax else unnormalised_weights(read.logits)
     return scores * read.value_norms[:, None, :] if scale_by_value else scores
+
+
+def heads(params: Params, x: Float[Array, "cells dims"], *, config: Config, block: int = 0) -> Heads:
+    """Queries, keys and values of all cells in an interaction block: once for many calls of `receiver_scores`.
+
+    Raises:
+        ValueError: the model has no such block.
+    """
+    _check_width("x", x, config)
+    one_of("block", block, range(config.n_blocks))
+    return Drift(config).apply({"params": params["drift"]}, x, block, method="heads")
+
+
+def receiver_scores(
+    of: Heads, receivers: Int[Array, " receivers"], *, softmax: bool = True, scale_by_value: bool = True
+) -> Float[Array, "heads receivers cells"]:
+    """The rows of `interaction_scores` of some receivers, given by their numbers; no other row is computed.
+
+    The scores are those of exact attention, with attention="landmarks" too: what the landmarks stand for.
+    """
+    logits = attention_logits(of.q[:, receivers], of.k)
+    logits = logits.at[:, jnp.arange(len(receivers)), receivers].set(-jnp.inf)
+    scores = attention_weights(logits) if softmax else unnormalised_weights(logits)
+    return scores * jnp.linalg.norm(of.v, axis=-1)[:, None, :] if scale_by_value else scores
 
 
 def simulate(
@@ -294,6 +398,7 @@ def simulate(
     *,
     config: Config,
     dW: Float[Array, "steps cells dims"] | None = None,
+    mesh: Mesh | None = None,
 ) -> Trajectory:
     """The population x0, observed at ts[0], at each of ts: Trajectory(x, kinetic_energy).
 
@@ -305,21 +410,22 @@ def simulate(
         ts: increasing times, concrete numbers (they decide the number of compiled steps).
         key: of the noise; None where dW is given or sigma is 0.
         dW: recorded increments of variance dt, instead of the key's.
+        mesh: spreads the cells over devices, see `drift`.
 
     Raises:
-        ValueError: a width other than config.n_dims, unsorted times, dW of another shape, neither key nor dW.
+        ValueError: a width other than config.n_dims, unsorted times, dW of another shape, neither key nor dW; what
+            `drift` raises about a mesh.
         TypeError: traced times.
     """
-    return _simulate(params, x0, ts, key, None, config=config, dW=dW)
+    return _simulate(params, x0, ts, key, None, config=config, dW=dW, mesh=mesh)
 
 
-def _simulate(params, x0, ts, key, key_dropout, *, config, dW=None) -> Trajectory:
+def _simulate(params, x0, ts, key, key_dropout, *, config, dW=None, mesh=None) -> Trajectory:
     _check_width("x0", x0, config)
 
     def drift_at(x, step):
-        return drift(
-            params, x, key=None if key_dropout is None else jax.random.fold_in(key_dropout, step), config=config
-        )
+        key_step = None if key_dropout is None else jax.random.fold_in(key_dropout, step)
+        return drift(params, x, key=key_step, config=config, mesh=mesh)
 
     noiseless = config.diffusion == "constant" and config.sigma == 0
     return sde.simulate(
@@ -333,12 +439,17 @@ def _simulate(params, x0, ts, key, key_dropout, *, config, dW=None) -> Trajector
     )
 
 
-def loss(params: Params, batch: TimeSeriesBatch, key: PRNGKeyArray, *, config: Config) -> tuple[Scalar, Metrics]:
+def loss(
+    params: Params, batch: TimeSeriesBatch, key: PRNGKeyArray, *, config: Config, mesh: Mesh | None = None
+) -> tuple[Scalar, Metrics]:
     """sinkhorn_weight * mean_t S(observed_t, simulated_t) + energy_weight * E int |drift|^2 dt / (last - first time).
 
     S is the Sinkhorn divergence, about W2^2 / 2 in squared state units (with debiased=False, S and half the entropic
     cost of moving the simulated cells onto themselves). Times are compared one after the other
-    (`lax.map`): no more than one cells x cells cost matrix is held.
+    (`lax.map`): no more than one cells x cells cost matrix is held, and none where it would be large (`losses`).
+
+    Args:
+        mesh: spreads the simulated cells over devices, see `drift`; transport is solved by each of them.
 
     Returns:
         The scalar, and its unweighted terms "sinkhorn" and "kinetic_energy"; with the converged divergence also
@@ -349,7 +460,8 @@ def loss(params: Params, batch: TimeSeriesBatch, key: PRNGKeyArray, *, config: C
     """
     at_least("the number of times in batch.ts", len(batch.ts), 2)
     key_noise, key_dropout = jax.random.split(key)
-    path = _simulate(params, batch.x0, batch.ts, key_noise, key_dropout if config.dropout > 0 else None, config=config)
+    key_dropout = key_dropout if config.dropout > 0 else None
+    path = _simulate(params, batch.x0, batch.ts, key_noise, key_dropout, config=config, mesh=mesh)
     populations = (batch.targets, batch.weights, path.x[1:], batch.self_transport)
     if config.sinkhorn == "annealed":
         sinkhorn, terms = jnp.mean(jax.lax.map(partial(_annealed, config), populations)), {}

@@ -18,7 +18,14 @@ from scjax.predict import cellsets, perturbation, timeseries
 from scjax.predict.cellsets import SetGenerationConfig, TrainedCellSets
 from scjax.predict.parts import Prediction
 from scjax.predict.perturbation import GenerationConfig, TrainedPerturbation, observed_cells
-from scjax.predict.timeseries import TrainedTimeSeries, interaction_scores, project, simulate_cells, velocity
+from scjax.predict.timeseries import (
+    TrainedTimeSeries,
+    interaction_score_blocks,
+    interaction_scores,
+    project,
+    simulate_cells,
+    velocity,
+)
 
 __all__ = [
     "MODELS",
@@ -28,6 +35,7 @@ __all__ = [
     "TrainedCellSets",
     "TrainedPerturbation",
     "TrainedTimeSeries",
+    "interaction_score_blocks",
     "interaction_scores",
     "load",
     "model_title",

@@ -24,7 +24,15 @@ from scjax.predict.parts import Part, Prediction
 from scjax.predict.record import predicting_params, record
 from scjax.types import Params
 
-__all__ = ["TrainedTimeSeries", "interaction_scores", "predict", "project", "simulate_cells", "velocity"]
+__all__ = [
+    "TrainedTimeSeries",
+    "interaction_score_blocks",
+    "interaction_scores",
+    "predict",
+    "project",
+    "simulate_cells",
+    "velocity",
+]
 
 _SAME = 1e-6  # relative: a column stored as float32 holds 0.1 as 0.100000001
 _SPACE = "normalised expression in X, the model's space in obsm['X_latent']"
@@ -242,13 +250,43 @@ def interaction_scores(
     Raises:
         ValueError: no cell at that time, a model without interaction, or as `project`.
     """
-    rows = _rows_at(trained, adata, time)
-    if not len(rows):
-        raise ValueError(f"time must be one of the observed times {_some_times(trained, adata)}; got {time}.")
-    x = jnp.asarray(project(trained, adata[rows]))
     return scimf.interaction_scores(
-        trained.params, x, config=trained.config, softmax=softmax, scale_by_value=scale_by_value
+        trained.params,
+        _cells_at(trained, adata, time),
+        config=trained.config,
+        softmax=softmax,
+        scale_by_value=scale_by_value,
     )
+
+
+def interaction_score_blocks(
+    trained: TrainedTimeSeries,
+    adata: AnnData,
+    time: float,
+    *,
+    n_receivers: int = 256,
+    softmax: bool = True,
+    scale_by_value: bool = True,
+) -> Iterator[Float[np.ndarray, "heads receivers cells"]]:
+    """`interaction_scores` in blocks of `n_receivers` rows, in order, for more cells than have room in one matrix.
+
+    `metrics.interaction.top_partners` and `type_interactions` read them.
+
+    Raises:
+        ValueError: as `interaction_scores`, or a block without receivers; before the first block is asked for.
+    """
+    at_least("n_receivers", n_receivers, 1)
+    of = _heads(trained.params, _cells_at(trained, adata, time), config=trained.config)
+    n_cells = of.q.shape[1]
+
+    def blocks() -> Iterator[np.ndarray]:
+        for start in range(0, n_cells, n_receivers):
+            # The last block is filled up with its last cell, so that there is one program.
+            receivers = np.minimum(np.arange(start, start + n_receivers), n_cells - 1)
+            scores = _receiver_scores(of, jnp.asarray(receivers), softmax=softmax, scale_by_value=scale_by_value)
+            yield np.asarray(scores)[:, : n_cells - start]
+
+    return blocks()
 
 
 def _chunks(n: int, n_genes: int) -> Iterator[slice]:
@@ -260,6 +298,14 @@ def _chunks(n: int, n_genes: int) -> Iterator[slice]:
 @partial(jax.jit, static_argnames=("ts", "config"))
 def _simulate(params, x0, key, *, ts, config):
     return scimf.simulate(params, x0, ts, key, config=config)
+
+
+_receiver_scores = jax.jit(scimf.receiver_scores, static_argnames=("softmax", "scale_by_value"))
+
+
+@partial(jax.jit, static_argnames="config")
+def _heads(params, x, *, config):
+    return scimf.heads(params, x, config=config)
 
 
 @partial(jax.jit, static_argnames="config")
@@ -275,6 +321,14 @@ def _checked_times(trained: TrainedTimeSeries, times: Iterable[float]) -> tuple[
     if not times or times[0] < start:
         raise ValueError(f"times must name at least one time, none before the first of training, {start}; got {times}.")
     return times
+
+
+def _cells_at(trained: TrainedTimeSeries, adata: AnnData, time: float) -> Float[Array, "cells dims"]:
+    """Those observed at a time, in the model's space."""
+    rows = _rows_at(trained, adata, time)
+    if not len(rows):
+        raise ValueError(f"time must be one of the observed times {_some_times(trained, adata)}; got {time}.")
+    return jnp.asarray(project(trained, adata[rows]))
 
 
 def _rows_at(trained: TrainedTimeSeries, adata: AnnData, time: float) -> np.ndarray:

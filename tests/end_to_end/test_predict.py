@@ -16,7 +16,16 @@ from scjax.data.spec import DataSpec
 from scjax.data.splits import HoldOutNone
 from scjax.experiment import train
 from scjax.models import scimf
-from scjax.predict import TrainedTimeSeries, interaction_scores, load, predict, project, simulate_cells, velocity
+from scjax.predict import (
+    TrainedTimeSeries,
+    interaction_score_blocks,
+    interaction_scores,
+    load,
+    predict,
+    project,
+    simulate_cells,
+    velocity,
+)
 
 TIMES = (1.0, 2.5, 6.0)  # observed, between, after the last
 
@@ -216,8 +225,20 @@ def test_interaction_scores(trained):
     assert (np.diagonal(weights, axis1=1, axis2=2) == 0).all()
     scaled = np.asarray(interaction_scores(trained, adata, 1.0))
     assert not np.allclose(scaled, weights)
-    with pytest.raises(ValueError, match="time must be one of the observed times 0.0, 1.0, 2.0, 4.0; got 3.0"):
-        interaction_scores(trained, adata, 3.0)
+    for scores in (interaction_scores, interaction_score_blocks):
+        with pytest.raises(ValueError, match="time must be one of the observed times 0.0, 1.0, 2.0, 4.0; got 3.0"):
+            scores(trained, adata, 3.0)
+
+
+@pytest.mark.parametrize("options", [{}, {"softmax": False, "scale_by_value": False}])
+def test_interaction_scores_in_blocks(trained, options):
+    adata, n = make_adata(), SIZES[1.0]
+    blocks = list(interaction_score_blocks(trained, adata, 1.0, n_receivers=n // 2 + 1, **options))
+    assert [block.shape for block in blocks] == [(1, n // 2 + 1, n), (1, n - n // 2 - 1, n)]
+    whole = interaction_scores(trained, adata, 1.0, **options)
+    np.testing.assert_allclose(np.concatenate(blocks, axis=1), whole, rtol=1e-5, atol=1e-7)
+    with pytest.raises(ValueError, match="n_receivers must be at least 1; got 0"):
+        interaction_score_blocks(trained, adata, 1.0, n_receivers=0)
 
 
 # -- a latent space that the user brings

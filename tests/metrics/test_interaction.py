@@ -4,7 +4,13 @@ import goldens
 import numpy as np
 import pytest
 
-from scjax.metrics.interaction import asymmetry_index, asymmetry_test, balanced_cells, type_interactions
+from scjax.metrics.interaction import (
+    asymmetry_index,
+    asymmetry_test,
+    balanced_cells,
+    top_partners,
+    type_interactions,
+)
 
 GOLDENS = goldens.FOLDER / "scimf"
 LABELS = np.array([0, 1, 0, 2, 1, 0])
@@ -60,6 +66,40 @@ def test_unlabelled_cells_and_empty_types():
     np.testing.assert_allclose(got[[0, 2]][:, [0, 2]], full[[0, 2]][:, [0, 2]])
     assert np.isnan(got[1]).all()
     assert np.isnan(got[:, 1]).all()
+
+
+@pytest.mark.parametrize("exclude_self", [False, True])
+def test_type_matrices_of_blocks_are_those_of_the_whole(exclude_self):
+    rng = np.random.default_rng(3)
+    scores = softmax_scores(rng, 6, n_heads=2) + rng.random((2, 6, 6))  # with a diagonal
+    want = type_interactions(scores, LABELS, 3, exclude_self=exclude_self)
+    for size in (1, 4, 6):
+        blocks = (scores[:, start : start + size] for start in range(0, 6, size))
+        np.testing.assert_allclose(
+            type_interactions(blocks, LABELS, 3, exclude_self=exclude_self), want, rtol=1e-12, equal_nan=True
+        )
+    for start in (slice(4), slice(1, None)):
+        with pytest.raises(ValueError, match="labels must be as many as the receivers of scores, .*; got 6"):
+            type_interactions(iter([scores[:, start]]), LABELS, 3)
+    with pytest.raises(ValueError, match="labels must be as many as the receivers of scores, 8; got 6"):
+        type_interactions([scores, scores[:, :2]], LABELS, 3)
+
+
+def test_top_partners_are_the_largest_others():
+    """By sorting whole rows, ties by number; blocks change nothing. A score of the diagonal is not looked at."""
+    rng = np.random.default_rng(4)
+    scores = np.round(4 * rng.random((2, 9, 9)))  # many ties
+    others = np.where(np.eye(9, dtype=bool), -1, scores)
+    order = np.argsort(-others, axis=-1, kind="stable")
+    for k in (1, 3, 8):
+        whole = top_partners(scores, k)
+        np.testing.assert_array_equal(whole.senders, order[..., :k])
+        np.testing.assert_array_equal(whole.scores, np.take_along_axis(scores, order[..., :k], -1))
+        blocks = top_partners((scores[:, start : start + 4] for start in range(0, 9, 4)), k)
+        np.testing.assert_array_equal(blocks.senders, whole.senders)
+        np.testing.assert_array_equal(blocks.scores, whole.scores)
+    with pytest.raises(ValueError, match="k must be below the number of cells, 9, .*; got 9"):
+        top_partners(scores, 9)
 
 
 @pytest.mark.parametrize("path", sorted(GOLDENS.glob("attn_types_*.npz")), ids=lambda p: p.name)
