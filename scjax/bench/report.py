@@ -130,7 +130,7 @@ def _series(records: Sequence[Mapping[str, Any]]) -> str:
             line += [_spread(model["model"], model["spread"])]
             ratio = None if model["model"] is None or not limit else model["model"] / limit
             line += ["failed" if ratio is None else f"{ratio:.3f}"]
-            ratios[names].append((record["n_times"], ratio))
+            ratios[names].append((data, record["n_times"], ratio))
         lines.append(line)
     told = [
         _table(head, lines),
@@ -142,15 +142,23 @@ def _series(records: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(told)
 
 
-def _summary(values: Sequence[tuple[int, float | None]]) -> str:
-    finite = [(n, ratio) for n, ratio in values if ratio is not None]
+def _summary(values: Sequence[tuple[str, int, float | None]]) -> str:
+    """From (data, number of its times, ratio) of each held-out time."""
+    finite = [one for one in values if one[2] is not None]
     if not finite:
         return "no value."
-    told = f"mean ratio {np.mean([ratio for _, ratio in finite]):.3f} over {len(finite)} held-out times"
-    many = [ratio for n, ratio in finite if n >= 4]
+    told = f"mean ratio {np.mean([ratio for *_, ratio in finite]):.3f} over {len(finite)} held-out times"
+    told += f", at most 1 at {sum(ratio <= 1 for *_, ratio in finite)} of {len(values)}"
+    many = [(data, ratio) for data, n, ratio in finite if n >= 4]
     if many:
-        told += f", {np.mean(many):.3f} over the {len(many)} of sets with four times or more"
-    told += f"; at most 1 at {sum(ratio <= 1 for _, ratio in finite)} of {len(values)}"
+        of_set: dict[str, list[float]] = {}
+        for data, ratio in many:
+            of_set.setdefault(data, []).append(ratio)
+        told += (
+            f"; sets with four times or more: {np.mean([ratio for _, ratio in many]):.3f} over {len(many)} times, "
+            f"{np.mean([np.mean(ratios) for ratios in of_set.values()]):.3f} over {len(of_set)} sets, at most 1 at "
+            f"{sum(ratio <= 1 for _, ratio in many)} of {len(many)}"
+        )
     return told + (f"; {len(values) - len(finite)} failed." if len(finite) < len(values) else ".")
 
 

@@ -11,7 +11,7 @@ import tiny_series
 from test_experiment import KillAt, Killed
 
 import scjax.bench
-from scjax.bench import bench, listed
+from scjax.bench import bench, listed, report
 from scjax.bench.grid import IN_FOLDER, VARIANTS, Cell, make_grid, shortened
 from scjax.bench.report import comparisons, render
 from scjax.check import one_of
@@ -162,6 +162,16 @@ def test_a_cell_killed_before_its_first_checkpoint_begins_anew_beside_what_is_le
     assert bench(tmp_path / "out", n_seeds=2, n_draws=2).failed == ()
     left = sorted(p.name for p in (tmp_path / "out" / "runs" / GOOD.file_stem).iterdir())
     assert left == ["seed0", "seed0.interrupted-1", "seed1", "seed1.interrupted-1"]
+
+
+def test_ratios_over_times_and_over_sets():
+    """Small sets count in the first mean alone; a time without a value counts as not won."""
+    ratios = [("a", 4, 0.8), ("a", 4, 1.2), *[("b", 5, 0.9)] * 4, ("c", 3, 3.0), ("c", 3, None)]
+    told = report._summary(ratios)
+    assert told == (
+        "mean ratio 1.229 over 7 held-out times, at most 1 at 5 of 8; sets with four times or more: 0.933 over 6 times, "
+        "0.950 over 2 sets, at most 1 at 5 of 6; 1 failed."
+    )
 
 
 def test_grid_of_the_shipped_sets():
