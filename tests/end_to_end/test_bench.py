@@ -169,8 +169,8 @@ def test_ratios_over_times_and_over_sets():
     ratios = [("a", 4, 0.8), ("a", 4, 1.2), *[("b", 5, 0.9)] * 4, ("c", 3, 3.0), ("c", 3, None)]
     told = report._summary(ratios)
     assert told == (
-        "mean ratio 1.229 over 7 held-out times, at most 1 at 5 of 8; sets with four times or more: 0.933 over 6 times, "
-        "0.950 over 2 sets, at most 1 at 5 of 6; 1 failed."
+        "mean ratio 1.229 over 7 held-out times, at most 1 at 5 of 8; sets with four times or more: 0.933 over 6 "
+        "times, 0.950 over 2 sets, at most 1 at 5 of 6; 1 failed."
     )
 
 
