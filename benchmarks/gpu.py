@@ -527,14 +527,13 @@ def _scdfm_flops(n_cells: int, *, backwards: bool) -> float:
         genes = torch.zeros(n_cells, scdfm.N_SUBSET, dtype=torch.int64)
         x, t = torch.zeros(n_cells, scdfm.N_SUBSET), torch.zeros(n_cells)
         perturbation = torch.zeros(n_cells, 2, dtype=torch.int64)
-    with torch.set_grad_enabled(backwards):
-        return torch_matrix_flops(
-            lambda: (
-                model(genes, x, t, x, perturbation).sum().backward()
-                if backwards
-                else model(genes, x, t, x, perturbation)
-            )
-        )
+
+    def call() -> None:
+        v = model(genes, x, t, x, perturbation)
+        if backwards:
+            v.sum().backward()
+
+    return torch_matrix_flops(call)
 
 
 def _scimf_flops(n_cells: int) -> float:
