@@ -23,6 +23,7 @@ for which no time is left as not run, and neither loses the others.
 
 import argparse
 import dataclasses
+import functools
 import gc
 import json
 import os
@@ -294,8 +295,13 @@ def _drift_flops(params: Any, config: Any, n_cells: int) -> float:
     return matrix_flops(partial(drift, config=config), params, x)
 
 
+@functools.cache
+def _allowed() -> np.ndarray:
+    return scdfm.allowed()
+
+
 def _neighbours() -> np.ndarray:
-    return scdfm.neighbours(scdfm.allowed())
+    return scdfm.neighbours(_allowed())
 
 
 def _temporaries(program: Any) -> int | None:
@@ -513,7 +519,7 @@ def _scdfm_network(device: str):
     import torch
     from peers import torch_scdfm
 
-    mask = torch.from_numpy(~scdfm.allowed()).to(device)
+    mask = torch.from_numpy(~_allowed()).to(device)
     sizes = {"n_tokens": scdfm.N_TOKENS, "d_model": scdfm.D_MODEL}
     with torch.device(device):
         return torch_scdfm.ScDFM(mask, n_heads=scdfm.N_HEADS, n_layers=scdfm.N_LAYERS, **sizes)
