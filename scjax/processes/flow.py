@@ -6,6 +6,7 @@ Reference: Lipman et al., "Flow matching for generative modeling", ICLR 2023 (th
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import ClassVar, Literal, TypeAlias, get_args
 
 import diffrax
@@ -15,6 +16,8 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from scjax.check import at_least, one_of, positive
+
+from .steps import GivenSteps
 
 __all__ = ["ERK38", "Solver", "endpoint", "integrate", "poisson_rates", "poisson_start", "straight_path"]
 
@@ -75,6 +78,7 @@ class ERK38(diffrax.AbstractERK):
         return 4
 
 
+_MOST_STEPS = 4096  # of "tsit5", between two times
 _SOLVERS = {"rk4_38": ERK38, "euler": diffrax.Euler, "heun": diffrax.Heun, "tsit5": diffrax.Tsit5}
 
 
@@ -92,10 +96,15 @@ def integrate(
     Args:
         velocity: of all cells at one time.
         solver: "rk4_38", "euler" and "heun" take `n_steps` equal steps (4, 1 and 2 evaluations each); "tsit5" chooses
-            its own, the same for all cells of x0, so that the estimated error stays below `tolerance`.
+            its own, the same for all cells of x0, so that the estimated error stays below `tolerance`; for a trajectory
+            it begins anew at each of its times.
         n_steps: of the fixed steps; not used by "tsit5".
         tolerance: relative and absolute, in units of x; of "tsit5" alone.
         trajectory: the states at n_steps + 1 equally spaced times, ends included, instead of the last one.
+
+    Returns:
+        The cells; NaN, all of them, where "tsit5" does not arrive within 4096 steps. (An exception would have to come
+        from within the compiled program, by way of the host.)
 
     Raises:
         ValueError: an unknown solver, no steps, a tolerance that is not positive.
@@ -105,19 +114,21 @@ def integrate(
     positive("tolerance", tolerance)
     # float64 only where jax has it, as for x0
     ts = jnp.linspace(0, 1, n_steps + 1, dtype=x0.dtype)
-    if solver == "tsit5":
-        controller, max_steps = diffrax.PIDController(rtol=tolerance, atol=tolerance), 4096
-    else:
-        controller, max_steps = diffrax.StepTo(ts=ts), n_steps + 1
-    solution = diffrax.diffeqsolve(
-        diffrax.ODETerm(lambda t, x, _: velocity(t, x)),
-        _SOLVERS[solver](),
-        t0=ts[0],
-        t1=ts[-1],
-        dt0=None,
-        y0=x0,
-        stepsize_controller=controller,
-        saveat=diffrax.SaveAt(ts=ts) if trajectory else diffrax.SaveAt(t1=True),
-        max_steps=max_steps,
+    solve = partial(
+        diffrax.diffeqsolve, diffrax.ODETerm(lambda t, x, _: velocity(t, x)), _SOLVERS[solver](), dt0=None, throw=False
     )
-    return solution.ys if trajectory else solution.ys[0]
+    if solver != "tsit5":
+        saveat = diffrax.SaveAt(t0=True, steps=1) if trajectory else diffrax.SaveAt(t1=True)
+        given = {"stepsize_controller": GivenSteps(ts), "max_steps": n_steps, "saveat": saveat}
+        path = solve(t0=ts[0], t1=ts[-1], y0=x0, **given).ys
+        return path if trajectory else path[0]
+
+    def advance(x: Cells, span: tuple[Array, Array]) -> tuple[Cells, Cells]:
+        controller = diffrax.PIDController(rtol=tolerance, atol=tolerance)
+        solution = solve(t0=span[0], t1=span[1], y0=x, stepsize_controller=controller, max_steps=_MOST_STEPS)
+        x = jnp.where(solution.result == diffrax.RESULTS.successful, solution.ys[0], jnp.nan)
+        return x, x
+
+    if not trajectory:
+        return advance(x0, (ts[0], ts[-1]))[0]
+    return jnp.concatenate([x0[None], jax.lax.scan(advance, x0, (ts[:-1], ts[1:]))[1]])

@@ -17,6 +17,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from scjax.check import increasing, positive
 
+from .steps import GivenSteps
+
 __all__ = ["Drift", "Grid", "Trajectory", "brownian_increments", "simulate", "time_grid"]
 
 Drift: TypeAlias = Callable[[Float[Array, "cells dims"], Int[Array, ""]], Float[Array, "cells dims"]]
@@ -131,7 +133,7 @@ def simulate(
     """The population at each of `ts`, starting as x0 at ts[0]; Euler-Maruyama on `time_grid(ts, dt)`.
 
     Reverse-mode gradients recompute each step from its state: memory grows by one state a step, whatever the drift
-    keeps inside.
+    keeps inside. Without gradients it holds a state a time where these lie evenly, and at most one a step.
 
     Args:
         drift: (x, number of the step) -> velocity of each cell, state units per time unit. The number serves drifts
@@ -171,7 +173,8 @@ def simulate(
         increment=None if diffusion is None else increment,
     )
     # Step times are listed, for diffrax's constant steps end at n (i / n), which may lie just below the integer i.
-    # One checkpoint a step: fewer would recompute more, and more cannot be used.
+    # One checkpoint a step: fewer would recompute more, and more cannot be used. Every `stride` steps a state is kept.
+    stride = math.gcd(*grid.observed.tolist())
     solution = diffrax.diffeqsolve(
         term,
         diffrax.Euler(),
@@ -179,9 +182,12 @@ def simulate(
         t1=float(n_steps),
         dt0=None,
         y0=(x0, energy),
-        stepsize_controller=diffrax.StepTo(ts=jnp.arange(n_steps + 1, dtype=jnp.result_type(float))),
-        saveat=diffrax.SaveAt(ts=jnp.asarray(grid.observed, jnp.result_type(float))),
+        stepsize_controller=GivenSteps(jnp.arange(n_steps + 1, dtype=jnp.result_type(float))),
+        saveat=diffrax.SaveAt(t0=True, steps=stride),
         adjoint=diffrax.RecursiveCheckpointAdjoint(checkpoints=n_steps),
         max_steps=n_steps,
+        throw=False,
     )
-    return Trajectory(*solution.ys)
+    kept = grid.observed // stride
+    every = len(kept) == n_steps // stride + 1
+    return Trajectory(*(solution.ys if every else (states[kept] for states in solution.ys)))
