@@ -291,6 +291,11 @@ def _generating(
             )
             parts.append(np.asarray(cells)[: n - start])
         made = np.concatenate(parts)
+        if generation.solver == "tsit5" and not np.isfinite(made).all():
+            raise ArithmeticError(
+                f"solver='tsit5' did not arrive for {population}: the velocity needs steps smaller than it may take. "
+                "Take solver='rk4_38' with more n_steps."
+            )
         return Generated(np.where(made < generation.zero_below, 0, made), drawn)
 
     return lambda: ((population, cells_of(population)) for population in populations), replaced

@@ -12,8 +12,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from scjax.models import scimf
-
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 
@@ -60,11 +58,10 @@ def test_every_part_runs(tmp_path):
     pytest.importorskip("torch", reason="PyTorch is not installed; it is an extra of the benchmarks only")
     (record,), said = run(tmp_path / "gpu.json", "--budget", "3000")
     failed = {f"{p['part']}/{p['library']}/{p['piece']}": p["error"] for p in record["pieces"] if "error" in p}
-    lacking = [] if hasattr(scimf.Config(n_dims=2), "compute_dtype") else ["train_bfloat16", "sample_bfloat16"]
-    assert sorted(failed) == sorted(f"scimf/scjax/{piece}" for piece in lacking), failed
+    assert not failed, failed
     for system in ("scimf", "scdfm", "perturbdiff"):
         of_system = [p for p in record["pieces"] if p["part"] == system and "error" not in p]
-        assert len(of_system) == 8 - (len(lacking) if system == "scimf" else 0)
+        assert len(of_system) == 8
         assert all(p["flops"] > 0 and p["flops_s"] > 0 for p in of_system)
         assert f"{system}: peer train_compiled_bfloat16 / scjax train_float32" in record["ratios"]
         assert set(record["shares"][f"{system}/scjax/train_float32"]) == {"flops"}

@@ -149,6 +149,14 @@ def test_small_values_become_zeros_on_request(perturbation_trained, predicted):
         predict(perturbation_trained, make_adata(), ASKED, zero_below=-1.0)
 
 
+def test_a_solver_that_does_not_arrive_is_an_error(perturbation_trained, monkeypatch):
+    """tsit5 gives NaN where it ran out of steps; that is told, and not written."""
+    nowhere = lambda params, source, *more, **options: np.full(source.shape, np.nan, np.float32)  # noqa: E731
+    monkeypatch.setattr(perturbation, "_sample", nowhere)
+    with pytest.raises(ArithmeticError, match=r"did not arrive for g0\+g1 \(A1\)"):
+        predict(perturbation_trained, make_adata(), ["g0+g1"], contexts=["A1"], solver="tsit5")
+
+
 def test_one_program_serves_every_condition_and_number_of_cells(perturbation_trained, predicted):
     before = perturbation._sample._cache_size()
     few = predict(perturbation_trained, make_adata(), ["g0", "g0+z", "g1+z"], n_cells=1, seed=3)

@@ -76,7 +76,6 @@ SYSTEMS = {
         perturbdiff_samples, {"loss": 1e-3, "denoising": 1e-3, "energy_distance": 1.5e-3}, 0.06, 0.04,
     ),
 }  # fmt: skip
-SYSTEMS = {name: s for name, s in SYSTEMS.items() if hasattr(preset(s.preset).experiment.model, "compute_dtype")}
 
 
 class Measured(NamedTuple):
