@@ -98,24 +98,6 @@ class Piece(NamedTuple):
 # -- scjax
 
 
-def scjax_pieces(part: str, sizes: Any) -> list[Piece]:
-    if part == "ceilings":
-        products = [Piece(f"product_{d}", partial(jax_product, sizes.gemm, d)) for d in GEMM_DTYPES]
-        return [*products, Piece("copy", partial(jax_copy, sizes.copied))]
-    if part == "attention":
-        return [
-            Piece(f"{name}_{dtype}", partial(jax_attention, name, shape, dtype), {"dtype": dtype})
-            for name, shape in sizes.attention.items()
-            for dtype in DTYPES
-        ]
-    train, sample = SCJAX[part]
-    return [
-        Piece(f"{what}_{dtype}", partial(build, dtype, sizes), {"dtype": dtype})
-        for what, build in (("train", train), ("sample", sample))
-        for dtype in DTYPES
-    ]
-
-
 def jax_product(n: int, dtype: str) -> Job:
     import jax
     import jax.numpy as jnp
@@ -317,24 +299,6 @@ SCJAX = {
 
 
 # -- PyTorch
-
-
-def peer_pieces(part: str, sizes: Any) -> list[Piece]:
-    if part == "ceilings":
-        products = [Piece(f"product_{d}", partial(torch_product, sizes.gemm, d)) for d in GEMM_DTYPES]
-        return [*products, Piece("copy", partial(torch_copy, sizes.copied))]
-    if part == "attention":
-        return [
-            Piece(f"{name}_{dtype}", partial(torch_attention, name, shape, dtype), {"dtype": dtype})
-            for name, shape in sizes.attention.items()
-            for dtype in DTYPES
-        ]
-    train, sample = PEERS[part]
-    return [
-        Piece(f"{what}_{mode}", partial(build, mode, sizes), {"mode": mode})
-        for what, build in (("train", train), ("sample", sample))
-        for mode in MODES
-    ]
 
 
 def torch_product(n: int, dtype: str) -> Job:
@@ -586,6 +550,44 @@ PEERS = {
 }
 
 
+# -- the pieces of a part
+
+
+class _Side(NamedTuple):
+    """What one library has: products, copies, attention, and steps and samplers of each system in its modes."""
+
+    product: Callable[[int, str], Job]
+    copy: Callable[[int], Job]
+    attention: Callable[[str, Sequence[int], str], Job]
+    systems: Mapping[str, tuple[Callable[[str, Any], Job], Callable[[str, Any], Job]]]
+    mode: str
+    modes: tuple[str, ...]
+
+
+SIDES = {
+    "scjax": _Side(jax_product, jax_copy, jax_attention, SCJAX, "dtype", DTYPES),
+    "peer": _Side(torch_product, torch_copy, torch_attention, PEERS, "mode", MODES),
+}
+
+
+def pieces_of(library: str, part: str, sizes: Any) -> list[Piece]:
+    side = SIDES[library]
+    if part == "ceilings":
+        products = [Piece(f"product_{d}", partial(side.product, sizes.gemm, d)) for d in GEMM_DTYPES]
+        return [*products, Piece("copy", partial(side.copy, sizes.copied))]
+    if part == "attention":
+        return [
+            Piece(f"{name}_{dtype}", partial(side.attention, name, shape, dtype), {"dtype": dtype})
+            for name, shape in sizes.attention.items()
+            for dtype in DTYPES
+        ]
+    return [
+        Piece(f"{what}_{mode}", partial(build, mode, sizes), {side.mode: mode})
+        for what, build in zip(("train", "sample"), side.systems[part], strict=True)
+        for mode in side.modes
+    ]
+
+
 # -- one piece
 
 
@@ -644,7 +646,7 @@ def work(library: str, part: str, sizes: Any, seconds: float) -> Iterator[dict[s
     except Exception as err:  # noqa: BLE001 no library, no driver: all that is asked of the part is to say so
         yield of | {"piece": "start", "error": _said(err)}
         return
-    for piece in {"scjax": scjax_pieces, "peer": peer_pieces}[library](part, sizes):
+    for piece in pieces_of(library, part, sizes):
         at = of | {"piece": piece.name, "device": device}
         if time.monotonic() > deadline:
             yield at | {"error": f"not run: the {seconds:.0f} s of this part were over"}

@@ -4,6 +4,7 @@ cells = read_anndata("big.zarr", backed=True)       source: obs, var and uns in 
 spec.check(cells); cells[rows].X[:100]              what an AnnData is for, but for its matrices
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property
@@ -35,7 +36,7 @@ _SPAN = 8192  # rows that are read in one request at most
 _CELLS, _VALUES = 4096, 2**22  # that are in memory at once; as float64 these take 32 MiB
 
 
-class DiskMatrix:
+class DiskMatrix(ABC):
     """Cells x features of which rows are read when they are asked for.
 
     `matrix[rows]`, of a slice or of row numbers in any order that may repeat, is a NumPy array, or a SciPy CSR matrix
@@ -60,8 +61,9 @@ class DiskMatrix:
             rows = np.flatnonzero(rows)
         return self._picked(rows)
 
+    @abstractmethod
     def _read(self, start: int, stop: int) -> Any:
-        raise NotImplementedError
+        """Rows start, ..., stop - 1 in memory."""
 
     def _picked(self, rows: np.ndarray) -> Any:
         if not len(rows):

@@ -88,7 +88,7 @@ def pieces(gpu, monkeypatch):
 
     job = gpu.Job(lambda: None, compile_s=0.5, flops=2e6, settings={"bytes": 8.0})
     of = [gpu.Piece("one", lambda: job), gpu.Piece("two", full), gpu.Piece("three", lambda: job._replace(n_per_call=4))]
-    monkeypatch.setattr(gpu, "scjax_pieces", lambda part, sizes: of)
+    monkeypatch.setattr(gpu, "pieces_of", lambda library, part, sizes: of)
     monkeypatch.setattr(gpu, "_open", lambda library: "a device")
     monkeypatch.setattr(gpu, "_memory", lambda library: {"peak_device_bytes": 7})
     monkeypatch.setattr(gpu, "_let_go", lambda library: None)

@@ -1,9 +1,5 @@
 """The three systems on several devices and processes are what they are on one, and so are runs resumed there."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import anndata
@@ -11,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_series
+from programs import finish, free_port, start
 
 from scjax.checkpoint import list_steps
 from scjax.cli import main
@@ -18,41 +15,16 @@ from scjax.config import to_json
 from scjax.experiment import train
 from scjax.mesh import make_mesh
 
-ROOT = Path(__file__).parents[2]
 PATIENCE = 1200  # seconds; compiling is slow where cores are few
 SYSTEMS = ("scimf", "scdfm", "perturbdiff")
-
-
-def start(n_devices, *args):
-    flags = f"--xla_force_host_platform_device_count={n_devices}"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    return subprocess.Popen(
-        [sys.executable, *args], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
-def finish(*programs):
-    try:
-        told = [program.communicate(timeout=PATIENCE)[0] for program in programs]
-    finally:
-        for program in programs:
-            program.kill()
-    assert [program.returncode for program in programs] == [0] * len(programs), "\n".join(told)
-    return told
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return str(free.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("systems")
     program, port = str(Path(__file__).with_name("shared_systems.py")), free_port()
-    finish(start(8, program, "devices", str(folder)))
-    finish(*(start(2, program, "processes", str(folder), port, str(number)) for number in range(2)))
+    finish(start(8, program, "devices", str(folder)), patience=PATIENCE)
+    finish(*(start(2, program, "processes", str(folder), port, str(number)) for number in range(2)), patience=PATIENCE)
     return folder
 
 
@@ -80,7 +52,7 @@ def test_the_command_on_two_processes_goes_on_on_one_device(tmp_path):
     command = ["-m", "scjax", "train", "--config", str(tmp_path / "tiny.json"), "--data", str(tmp_path / "cells.h5ad")]
     command += ["--out", str(out), "--set", "sampling.n_cells=8", "--n-steps", "10"]
     command += ["--coordinator", f"localhost:{free_port()}", "--n-processes", "2", "--process-id"]
-    first, second = finish(start(2, *command, "0"), start(2, *command, "1"))
+    first, second = finish(start(2, *command, "0"), start(2, *command, "1"), patience=PATIENCE)
     assert "trained on 4 devices of 2 processes (cpu): 4 batch x 1 cells" in first
     assert "10 steps; the run is in" in first
     assert not [line for line in second.splitlines() if "Gloo" not in line and "spmd" not in line]

@@ -58,6 +58,7 @@ def disk(tmp_path):
     place = tmp_path / "disk"
     place.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(place)]
+    # To fill a real disk it must be small: the other tests here limit the size of files, as any user may.
     if not sys.platform.startswith("linux") or subprocess.run(command, capture_output=True, check=False).returncode:
         pytest.skip("only root of Linux may mount the small disk that this test fills")
     yield place

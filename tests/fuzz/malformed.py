@@ -40,6 +40,16 @@ def refused() -> Iterator[None]:
     assert message.strip()
 
 
+def fuzz_file(n: int, path: Path, texts: st.SearchStrategy, read: Callable[[Path], Any]) -> None:
+    """`fuzz` of what reads a file."""
+
+    def attempt(content: bytes) -> None:
+        path.write_bytes(content)
+        read(path)
+
+    fuzz(n, texts, attempt)
+
+
 def fuzz(n: int, case: st.SearchStrategy, attempt: Callable[[Any], None]) -> None:
     """`attempt`, which must be refused, with `n` cases, the same ones every time; what was not is told at the end."""
     done, wrong = 0, {}

@@ -6,7 +6,7 @@ import typing
 
 import pytest
 from hypothesis import strategies as st
-from malformed import DEEP, fuzz, junk, malformed_texts, malformed_trees, nested, places, words
+from malformed import DEEP, fuzz, fuzz_file, junk, malformed_texts, malformed_trees, nested, places, words
 
 from scjax import presets
 from scjax.cli import main
@@ -41,13 +41,7 @@ FEW_AND_MANY = pytest.mark.parametrize("n", [80, pytest.param(900, marks=pytest.
 
 @FEW_AND_MANY
 def test_settings_file(tmp_path, n):
-    path = tmp_path / "experiment.json"
-
-    def read(content):
-        path.write_bytes(content)
-        read_experiment(path)
-
-    fuzz(n, malformed_texts(TREES, WRONG), read)
+    fuzz_file(n, tmp_path / "experiment.json", malformed_texts(TREES, WRONG), read_experiment)
 
 
 def assignments():

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from hypothesis import strategies as st
-from malformed import fuzz, malformed_texts, malformed_trees, put
+from malformed import fuzz, fuzz_file, malformed_texts, malformed_trees, put
 
 from scjax.config import to_dict
 from scjax.data.splits import (
@@ -53,13 +53,7 @@ WRONG = malformed_trees(TREES, required) | overlapping()
 
 @pytest.mark.parametrize("n", [60, pytest.param(500, marks=pytest.mark.slow)])
 def test_split_file(tmp_path, n):
-    path = tmp_path / "split.json"
-
-    def read(content):
-        path.write_bytes(content)
-        load_split(path)
-
-    fuzz(n, malformed_texts(TREES, WRONG), read)
+    fuzz_file(n, tmp_path / "split.json", malformed_texts(TREES, WRONG), load_split)
 
 
 @pytest.mark.parametrize("n", [30, pytest.param(200, marks=pytest.mark.slow)])

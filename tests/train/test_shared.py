@@ -3,10 +3,6 @@ checkpoints go on anywhere. The work is done by `shared_run.py`, in processes of
 """
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -14,41 +10,18 @@ import numpy as np
 import pytest
 import regression
 import shared_run
+from programs import finish, free_port, start
 
 from scjax.checkpoint import list_steps, read
 
-ROOT = Path(__file__).parents[2]
-PROGRAM = Path(__file__).with_name("shared_run.py")
+PROGRAM = ("-W", "error", str(Path(__file__).with_name("shared_run.py")))
 PATIENCE = 240  # seconds
-
-
-def start(n_devices: int, *args: str) -> subprocess.Popen:
-    flags = f"--xla_force_host_platform_device_count={n_devices}"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    command = [sys.executable, "-W", "error", str(PROGRAM), *args]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def finish(*programs: subprocess.Popen) -> None:
-    try:
-        for program in programs:
-            told, _ = program.communicate(timeout=PATIENCE)
-            assert program.returncode == 0, told
-    finally:
-        for program in programs:
-            program.kill()
-
-
-def free_port() -> str:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return str(free.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
 def devices(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shared")
-    finish(start(8, "devices", str(folder)))
+    finish(start(8, *PROGRAM, "devices", str(folder)), patience=PATIENCE)
     return folder, json.loads((folder / "devices.json").read_text())
 
 
@@ -57,7 +30,7 @@ def processes(devices):
     """What each of the two tells; the first one's folder is that of `devices`."""
     folder, _ = devices
     port = free_port()
-    finish(*(start(2, "processes", str(folder), port, str(number)) for number in range(2)))
+    finish(*(start(2, *PROGRAM, "processes", str(folder), port, str(number)) for number in range(2)), patience=PATIENCE)
     return folder, [json.loads((folder / f"process-{number}.json").read_text()) for number in range(2)]
 
 
@@ -179,7 +152,7 @@ def test_what_processes_must_agree_on(processes):
 def test_a_killed_process_ends_the_others_and_loses_no_checkpoint(tmp_path):
     """The survivor learns of it within a minute and a half, ends with an error, and one device goes on."""
     port = free_port()
-    survivor, victim = (start(2, "killed", str(tmp_path), port, str(number)) for number in range(2))
+    survivor, victim = (start(2, *PROGRAM, "killed", str(tmp_path), port, str(number)) for number in range(2))
     try:
         survivor.communicate(timeout=PATIENCE)
         victim.communicate(timeout=PATIENCE)
