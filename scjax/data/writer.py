@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,8 +49,8 @@ def writing_cells(
     """
     check_new_file(path)
     path = Path(path)
-    beside = path.with_name(path.name + ".part")  # what is under its own name is whole
-    _remove(beside)
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))  # what is under its own name is whole
+    beside = folder / path.name
     try:
         cells = _Cells(beside, path.suffix == ".zarr", n_cells, list(var_names), dict(obsm), list(layers))
         try:
@@ -64,14 +65,7 @@ def writing_cells(
         err.add_note(f"While writing {n_cells} cells x {len(var_names)} genes to {path}; nothing of it was left there.")
         raise
     finally:
-        _remove(beside)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+        shutil.rmtree(folder)
 
 
 class _Cells:
