@@ -14,12 +14,29 @@ from scjax.train.hooks import Hook, Saved
 from scjax.train.loop import Interrupted
 
 
+def signalling(number: int):
+    """Batches whose thirteenth comes with a signal."""
+
+    def batches(n):
+        if n == 12:
+            signal.raise_signal(number)
+        return victim.batch_at(n)
+
+    return batches
+
+
 def test_second_sigterm_acts_at_once(uninterrupted, tmp_path):
-    """The first one waits for the batch in hand, which takes ten minutes here. What was saved is sound."""
+    """The first one waits for the batch in hand, which takes ten minutes here. What was saved is sound.
+
+    The batch is the first of a resumed run: with steps before it, the first signal could end one of those.
+    """
     folder = tmp_path / "run"
-    running = process(folder, "--stall-at", 9)
+    with pytest.raises(Interrupted):
+        victim.run(folder, batches=signalling(signal.SIGTERM))
+    (*_, newest) = list_steps(folder / "checkpoints")
+    running = process(folder, "--resume", "--stall-at", newest)
     try:
-        running.stdout.readline()
+        assert running.stdout.readline() == "stalled\n"
         for _ in range(100):
             running.send_signal(signal.SIGTERM)
             try:
@@ -30,7 +47,7 @@ def test_second_sigterm_acts_at_once(uninterrupted, tmp_path):
         assert running.returncode == -signal.SIGTERM
     finally:
         running.kill()
-    assert list_steps(folder / "checkpoints")
+    assert list_steps(folder / "checkpoints")[-1] == newest
     victim.run(folder, resume=True)
     assert bits(folder) == bits(uninterrupted)
     assert log(folder) == log(uninterrupted)
@@ -58,14 +75,8 @@ def heard():
 def test_signal_while_the_loop_waits_for_a_batch(uninterrupted, tmp_path, heard, number, error):
     """It comes from the thread that makes the batches. The folder is left so that the run can go on from it."""
     folder, ends = tmp_path / "run", Ends()
-
-    def batches(n):
-        if n == 12:
-            signal.raise_signal(number)
-        return victim.batch_at(n)
-
     with pytest.raises(error):
-        victim.run(folder, batches=batches, hooks=[ends])
+        victim.run(folder, batches=signalling(number), hooks=[ends])
     assert ends.n == 1
     (*_, newest) = list_steps(folder / "checkpoints")
     assert newest < 24

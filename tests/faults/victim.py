@@ -122,12 +122,16 @@ def log(folder: Path) -> list[dict]:
     return [{**line, "seconds": 0, "waited": 0} for line in lines]
 
 
+def tell(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
 class Begun(Hook):
     """Tells the killer that the first step is about to run."""
 
     def on_compiled(self, seconds):
-        sys.stdout.write("begun\n")
-        sys.stdout.flush()
+        tell("begun")
 
 
 _EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os.scandir", "shutil.rmtree")
@@ -170,6 +174,7 @@ def main() -> None:
         if n == args.full_at:
             limit()
         if n == args.stall_at:
+            tell("stalled")
             time.sleep(600)
         return batch_at(n)
 
