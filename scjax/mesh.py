@@ -5,7 +5,7 @@ One mesh of all devices, with two axes: "batch" (populations, sets, cells that a
 it, wherever its cells lie, and XLA adds the communication.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,19 @@ from scjax.batches import CellSetBatch, PairedBatch, TimeSeriesBatch
 from scjax.check import at_least
 from scjax.hosts import refuse_several
 
-__all__ = ["AXES", "check_shared", "fill_up", "make_mesh", "place", "put", "shardings", "split", "template", "told"]
+__all__ = [
+    "AXES",
+    "check_shared",
+    "fill_up",
+    "make_mesh",
+    "own_cells",
+    "place",
+    "put",
+    "shardings",
+    "split",
+    "template",
+    "told",
+]
 
 AXES = ("batch", "cells")
 
@@ -122,6 +134,31 @@ def split(batch: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(first_axis, batch)
 
 
+def own_cells(batch: Any, mesh: Mesh) -> Callable[[tuple[int, ...]], tuple[slice, ...]]:
+    """Which cells of batches like this one the process must read: what its devices hold of them, as `split` cuts them.
+
+    Returns:
+        Of the shape of an array of cells the slices, as `scjax.data.collate.Share` has them: all cells where the array
+        is still to be filled up, and where the process is the only one.
+    """
+    cuts = split(fill_up(batch, mesh), mesh)
+
+    def cut_of(shape: tuple[int, ...]) -> PartitionSpec:
+        if not isinstance(batch, TimeSeriesBatch):
+            return _grouped("group", "groups", shape, mesh)[1]
+        if len(shape) == 2:
+            return cuts.x0
+        return PartitionSpec() if shape[1] % mesh.size else cuts.targets
+
+    def own(shape: tuple[int, ...]) -> tuple[slice, ...]:
+        everywhere = NamedSharding(mesh, cut_of(shape)).devices_indices_map(shape)
+        mine = [part for device, part in everywhere.items() if device.process_index == jax.process_index()]
+        bounds = [[part.indices(n)[:2] for part in parts] for n, *parts in zip(shape, *mine, strict=True)]
+        return tuple(slice(min(a for a, _ in axis), max(b for _, b in axis)) for axis in bounds)
+
+    return own
+
+
 def fill_up(batch: Any, mesh: Mesh) -> Any:
     """The batch with as many target cells as the devices divide: cells of mass 0, as `TimeSeriesBatch` has them.
 
@@ -172,9 +209,10 @@ def template(tree: Any, mesh: Mesh, shard_above: int | None = None) -> Any:
 def place(chunk: Any, mesh: Mesh) -> Any:
     """Stacked batches, [steps, ...] each leaf, on the devices as `split` cuts one batch.
 
-    Every process hands in the whole batches and keeps its own share of them: batches are functions of their number, so
-    nothing is sent. Leaves that are spread over the processes already are left as they are, where a process makes
-    its share alone (`jax.make_array_from_process_local_data`).
+    Every process hands in batches of the whole shape and keeps its own part of them; what else there is it need not
+    have read (`own_cells`). Batches are functions of their number, so nothing is sent. Leaves that are spread over the
+    processes already stay as they are, where a process makes its part alone
+    (`jax.make_array_from_process_local_data`).
     """
     one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), chunk)
     cuts = jax.tree.map(lambda cut: NamedSharding(mesh, PartitionSpec(None, *cut)), split(one, mesh), is_leaf=_is_cut)

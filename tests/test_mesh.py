@@ -10,19 +10,34 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from scjax.batches import CellSetBatch, PairedBatch, TimeSeriesBatch
-from scjax.mesh import AXES, check_shared, fill_up, make_mesh, place, put, shardings, split, template, told
+from scjax.mesh import (
+    AXES,
+    check_shared,
+    fill_up,
+    make_mesh,
+    own_cells,
+    place,
+    put,
+    shardings,
+    split,
+    template,
+    told,
+)
 
 
 class Device:
     """Of which a mesh only asks who it is."""
 
-    def __init__(self, number):
-        self.id, self.process_index, self.platform, self.device_kind = number, 0, "cpu", "cpu"
+    def __init__(self, number, process=0):
+        self.id, self.process_index, self.platform, self.device_kind = number, process, "cpu", "cpu"
         self.client = jax.devices()[0].client
 
 
-def mesh_of(n_batch, n_cells):
-    return Mesh(np.array([Device(i) for i in range(n_batch * n_cells)]).reshape(n_batch, n_cells), AXES)
+def mesh_of(n_batch, n_cells, n_processes=1):
+    """The first process, which is the one of the tests, has the first devices."""
+    n = n_batch * n_cells
+    devices = [Device(i, i * n_processes // n) for i in range(n)]
+    return Mesh(np.array(devices).reshape(n_batch, n_cells), AXES)
 
 
 def paired(n_populations, n_cells):
@@ -97,6 +112,23 @@ def test_any_other_tree_is_cut_along_its_first_axis():
 def test_what_cannot_be_cut_is_told_with_its_numbers(batch, message):
     with pytest.raises(ValueError, match=message):
         split(batch, mesh_of(4, 2))
+
+
+@pytest.mark.parametrize(
+    ("batch", "mesh", "shape", "own"),
+    [
+        (paired(8, 6), (4, 2, 2), (8, 6, 5), (slice(0, 4), slice(0, 6), slice(0, 5))),
+        (paired(1, 48), (4, 2, 4), (1, 48, 5), (slice(0, 1), slice(0, 12), slice(0, 5))),
+        (sets(4, 6), (4, 1, 2), (4, 6, 5), (slice(0, 2), slice(0, 6), slice(0, 5))),
+        (series(16, 24), (4, 2, 2), (16, 3), (slice(0, 8), slice(0, 3))),
+        (series(16, 24), (4, 2, 2), (2, 24, 3), (slice(0, 2), slice(0, 12), slice(0, 3))),
+        (series(16, 20), (4, 2, 2), (2, 20, 3), (slice(0, 2), slice(0, 20), slice(0, 3))),
+        (sets(4, 6), (4, 1, 1), (4, 6, 5), (slice(0, 4), slice(0, 6), slice(0, 5))),
+    ],
+    ids=["populations", "cells of a population", "sets", "first time", "targets", "targets to fill up", "alone"],
+)
+def test_a_process_reads_what_its_devices_hold(batch, mesh, shape, own):
+    assert own_cells(batch, mesh_of(*mesh))(shape) == own
 
 
 def test_targets_are_filled_up_with_cells_of_no_mass():

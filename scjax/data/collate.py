@@ -25,16 +25,16 @@ from scjax.types import Population
 
 __all__ = ["Share", "make_batches", "make_cell_set_batches", "make_paired_batches", "optimal_pairs", "pad_populations"]
 
-# Of cells [groups, cells, genes], given their shape: the slices that this process needs. `make_paired_batches` and
-# `make_cell_set_batches` make batches that take one, `batch_at(step, share)`: other cells are not read and stay 0. So
-# each of several hosts reads its own cells of a batch that all of them know the rows of.
+# Of an array of cells, [cells, dims] or [groups, cells, genes], given its shape: the slices that this process needs.
+# All batches take one, `batch_at(step, share)`: other cells are not read and stay 0. So each of several hosts reads its
+# own cells of a batch that all of them know the rows of.
 Share: TypeAlias = Callable[[tuple[int, ...]], tuple[slice, ...]]
 
 _CONTROL_STREAM = 1  # of random numbers, besides that of the sets
 
 
 def pad_populations(
-    latent: ModelCells, populations: tuple[Int[np.ndarray, " _"], ...]
+    latent: ModelCells, populations: tuple[Int[np.ndarray, " _"], ...], share: Share | None = None
 ) -> tuple[Float[np.ndarray, "times target_cells dims"], Float[np.ndarray, "times target_cells"]]:
     """Populations of unequal size as one array, and the mass of each cell.
 
@@ -43,7 +43,7 @@ def pad_populations(
     widest = max(map(len, populations))
     rows = np.stack([np.concatenate([p, np.full(widest - len(p), p[0])]) for p in populations])
     weights = np.stack([np.where(np.arange(widest) < len(p), 1.0 / len(p), 0.0) for p in populations])
-    return latent[rows], weights.astype(np.float32)
+    return _cells(latent, rows, share), weights.astype(np.float32)
 
 
 def make_batches(
@@ -51,7 +51,7 @@ def make_batches(
     sampling: TimeSeriesSampling,
     seed: int,
     self_transport: Any = None,
-) -> Callable[[int], TimeSeriesBatch]:
+) -> Callable[..., TimeSeriesBatch]:
     """Batch n of training, for any n: the training times only, on the time scale of `data`.
 
     Args:
@@ -68,11 +68,15 @@ def make_batches(
     # All observed cells are the targets of every step: gather them once.
     full = pad_populations(data.latent, populations[1:]) if sampling.n_targets is None else None
 
-    def batch_at(step: int) -> TimeSeriesBatch:
+    def batch_at(step: int, share: Share | None = None) -> TimeSeriesBatch:
         rows = time_series_rows(populations, sampling, seed=seed, step=step)
-        targets, weights = full or pad_populations(data.latent, rows.targets)
+        targets, weights = full or pad_populations(data.latent, rows.targets, share)
         return TimeSeriesBatch(
-            x0=data.latent[rows.start], targets=targets, weights=weights, self_transport=self_transport, ts=ts
+            x0=_cells(data.latent, rows.start, share),
+            targets=targets,
+            weights=weights,
+            self_transport=self_transport,
+            ts=ts,
         )
 
     return batch_at
@@ -96,7 +100,7 @@ def make_paired_batches(
     seed: int,
     kind: EmbeddingKind = "gene",
     populations: Iterable[Population] | None = None,
-) -> Callable[[int], PairedBatch]:
+) -> Callable[..., PairedBatch]:
     """Batch n of training, for any n: cells of training populations and controls of the same context.
 
     Args:
@@ -139,7 +143,7 @@ def make_cell_set_batches(
     sampling: CellSetSampling,
     seed: int,
     populations: Iterable[Population] | None = None,
-) -> Callable[[int], CellSetBatch]:
+) -> Callable[..., CellSetBatch]:
     """Batch n of training, for any n: sets of cells of training populations, and a control cell for each cell.
 
     A covariate that is one for all cells of each group is int[sets] in the batch, another int[sets, cells].
@@ -196,15 +200,15 @@ def make_cell_set_batches(
 
 def _cells(
     x: ModelCells,
-    rows: Int[np.ndarray, "groups within"],
+    rows: Int[np.ndarray, "*cells"],
     share: Share | None,
     genes: Int[np.ndarray, " g"] | None = None,
-) -> Float[np.ndarray, "groups within genes"]:
+) -> Float[np.ndarray, "*cells genes"]:
     n_genes = x.shape[1] if genes is None else len(genes)
     if share is not None:
         out = np.zeros((*rows.shape, n_genes), x.dtype)
-        part = share(out.shape)
-        out[part[:2]] = _cells(x, rows[part[:2]], None, genes)
+        part = share(out.shape)[: rows.ndim]
+        out[part] = _cells(x, rows[part], None, genes)
         return out
     found = x[rows]
     return found if genes is None else np.ascontiguousarray(found[..., genes])

@@ -372,7 +372,7 @@ def _sized(config: perturbdiff.Config, data: CellSetData) -> perturbdiff.Config:
     return replace(config, **{name: sizes[name] for name in wanted if getattr(config, name) is None})
 
 
-def _without_space(batch_at: Callable[[int], Any]) -> Callable[[int], Any]:
+def _without_space(batch_at: Callable[..., Any]) -> Callable[..., Any]:
     return lambda step, share=None: replace(batch_at(step, share), space=None)
 
 

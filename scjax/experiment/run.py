@@ -67,7 +67,7 @@ class Task(NamedTuple):
         model: bound to sizes and constants, those that the data decide included.
         data: as the model sees them, for the caller of `train`.
         split: a dataclass, written as split.json.
-        batches: batch n of the run.
+        batches: batch n of the run; as a second argument the cells of it that are needed (`data.collate.Share`).
         arrays: fitted ones, kept in every checkpoint beside the state.
         about: what else a checkpoint tells: kind, transform, split, ...
         findings: of `data.leaks.check_split`; its errors end a run before it begins.
@@ -80,7 +80,7 @@ class Task(NamedTuple):
     model: Model
     data: Any
     split: Any
-    batches: Callable[[int], Batch]
+    batches: Callable[..., Batch]
     arrays: Mapping[str, Any]
     about: Mapping[str, Any]
     findings: Findings
@@ -197,21 +197,18 @@ def train_task(
 ) -> Run:
     """Trains what `prepare` makes of the data; `admit` has let it in. See `scjax.experiment.train`."""
 
-    def ready() -> tuple[Task, Begun]:
+    def ready() -> tuple[Task, Callable[[int], Batch], Begun]:
         if resume:
             check_resumed(experiment, workdir, step, digest)
         task = prepare(experiment, adata, store_for(workdir, adata, digest))
         if not resume:
             task.findings.stop()
-        if mesh is not None:
-            meshes.split(meshes.fill_up(task.batches(0), mesh), mesh)  # an error before anything is written
+        batches = task.batches if mesh is None else _shared(task.batches, mesh)  # an error before anything is written
         start = task.start or jax.jit(task.model.init)
-        return task, begin(experiment, task, adata, workdir, digest, start, resume, step, mesh, shard_above)
+        begun = begin(experiment, task, adata, workdir, digest, start, resume, step, mesh, shard_above)
+        return task, batches, begun
 
-    task, begun = hosts.together(ready, "Preparing the run")
-    batches = task.batches
-    if mesh is not None:
-        batches = lambda n: meshes.fill_up(task.batches(n), mesh)  # noqa: E731
+    task, batches, begun = hosts.together(ready, "Preparing the run")
     if hosts.is_first():
         tell(task)
         if mesh is not None:
@@ -232,6 +229,18 @@ def train_task(
             **validation,
         )
     return Run(state, task.data, workdir)
+
+
+def _shared(batches: Callable[..., Batch], mesh: Mesh) -> Callable[[int], Batch]:
+    """Batches that the devices divide; of several processes each reads the cells that its own devices hold.
+
+    Raises:
+        ValueError: the devices cannot share the batches of this run.
+    """
+    own = meshes.own_cells(batches(0), mesh)
+    if jax.process_count() == 1:
+        return lambda n: meshes.fill_up(batches(n), mesh)
+    return lambda n: meshes.fill_up(batches(n, own), mesh)
 
 
 def store_for(workdir: Path, adata: AnnData, digest: str) -> Path | None:

@@ -167,7 +167,7 @@ def tables(
     return tables
 
 
-def _batches(experiment: TimeSeriesExperiment, data: TimeSeriesData) -> Callable[[int], Any]:
+def _batches(experiment: TimeSeriesExperiment, data: TimeSeriesData) -> Callable[..., Any]:
     """Batch n of the run; what data populations cost among themselves is computed once, where they are always whole."""
     plain = make_batches(data, experiment.sampling, experiment.seed)
     if experiment.sampling.n_targets is not None or experiment.model.sinkhorn != "annealed":

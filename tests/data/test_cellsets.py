@@ -432,6 +432,18 @@ def test_control_cells_bring_what_the_context_does_not_tell():
         read_control_cells(adata, spec, data.transform, data.names)
 
 
+@pytest.mark.parametrize("controls", ["matched", "zeros"])
+def test_of_a_batch_a_host_reads_its_cells_alone(data, controls):
+    batch_at = make_cell_set_batches(data, CellSetSampling(n_sets=4, n_cells=6, controls=controls), seed=1)
+    whole, part = batch_at(2), batch_at(2, lambda shape: (slice(1, 3), slice(0, 6), slice(0, shape[2])))
+    for one, other in ((part.cells, whole.cells), (part.control, whole.control)):
+        np.testing.assert_array_equal(one[1:3], other[1:3])
+        assert not one[[0, 3]].any()
+    for role, ids in whole.covariates.items():
+        np.testing.assert_array_equal(part.covariates[role], ids)
+    np.testing.assert_array_equal(part.mask, whole.mask)
+
+
 def bad_sampling(**fields):
     return lambda data: CellSetSampling(**fields)
 

@@ -192,3 +192,17 @@ def test_bad_input(data):
         make_paired_batches(data, SMALL, seed=-1)
     with pytest.raises(ValueError, match="the data have no external vectors"):
         make_paired_batches(replace(data, vectors=None), SMALL, seed=0, kind="vector")
+
+
+@pytest.mark.parametrize("coupling", ["independent", "ot"])
+def test_of_a_batch_a_host_reads_its_cells_alone(data, coupling):
+    """What is paired by transport is a matter of all cells."""
+    batch_at = make_paired_batches(data, replace(SMALL, coupling=coupling), 0)
+    whole, part = batch_at(3), batch_at(3, lambda shape: (slice(1, 2), slice(0, 3), slice(0, shape[2])))
+    for one, other in ((part.source, whole.source), (part.target, whole.target)):
+        wanted = other.copy()
+        if coupling == "independent":
+            wanted[0], wanted[:, 3:] = 0, 0
+        np.testing.assert_array_equal(one, wanted)
+    np.testing.assert_array_equal(part.perturbation, whole.perturbation)
+    np.testing.assert_array_equal(part.genes, whole.genes)

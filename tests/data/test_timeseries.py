@@ -88,6 +88,20 @@ def test_batches_hold_training_times_only(data):
             assert set(map(bytes, target)) == set(map(bytes, data.population(time)))
 
 
+def test_of_a_batch_a_host_reads_its_cells_alone(data):
+    """Targets that are the same at each step are gathered once, whole."""
+    half = lambda shape: (slice(2, 4), *map(slice, shape[1:]))  # noqa: E731
+    drawn, fixed = (make_batches(data, TimeSeriesSampling(n_cells=8, n_targets=n), seed=0) for n in (4, None))
+    whole, part = drawn(3), drawn(3, half)
+    np.testing.assert_array_equal(part.x0[2:4], whole.x0[2:4])
+    assert not part.x0[:2].any()
+    assert not part.x0[4:].any()
+    one_time = drawn(3, lambda shape: (slice(1, 2), *map(slice, shape[1:])))
+    np.testing.assert_array_equal(one_time.targets[1], whole.targets[1])
+    assert not one_time.targets[0].any()
+    assert fixed(3, half).targets is fixed(3).targets
+
+
 def test_index_time_counts_held_out_times(adata):
     data = prepare_time_series(adata, SPEC, HELD_OUT, STEPS, time_scale="index")
     assert make_batches(data, TimeSeriesSampling(n_cells=4), seed=0)(0).ts == (0.0, 1.0, 3.0)
