@@ -1,4 +1,4 @@
-"""The README's commands and examples run as printed."""
+"""Commands and examples of README and guide run as printed, and their links lead somewhere."""
 
 import re
 import shlex
@@ -7,15 +7,17 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import tiny_cellsets
 
 from scjax.data import datasets
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+ROOT = Path(__file__).parents[2]
+README, GUIDE = ((ROOT / name).read_text() for name in ("README.md", "GUIDE.md"))
 
 
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.M | re.S)
+def blocks(language, text=README):
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.M | re.S)
 
 
 def test_library_examples():
@@ -78,7 +80,7 @@ def test_commands_on_a_users_sets(tmp_path):
     for adata, file in ((cells, "donors.h5ad"), (other, "atlas.h5ad")):
         adata.X = np.log1p(adata.X).astype(np.float32)
         adata.write_h5ad(tmp_path / file)
-    first, second = (b for b in blocks("") if "donors.h5ad" in b)
+    first, second = (b for b in blocks("", GUIDE) if "donors.h5ad" in b)
     cut = {"n-steps": 4, "scan-steps": 2, "checkpoint-every": 4, "optimizer.n-warmup": 0, "sampling.n-cells": 6}
     cut |= {"model.d-model": 8, "model.n-layers": 1, "model.n-heads": 2, "generation.n-steps": 2}
     lines = (first + second).replace("\\\n", " ").splitlines()
@@ -98,4 +100,18 @@ def test_commands_on_a_users_sets(tmp_path):
 def test_the_two_commands_come_first():
     first = blocks("")[0]
     assert [line.split("#")[0].strip() for line in first.splitlines() if line] == ["make demo", "make test"]
-    assert "make test" in (Path(__file__).parents[2] / ".ci" / "run").read_text()
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+@pytest.mark.parametrize("text", [README, GUIDE], ids=["README", "GUIDE"])
+def test_links_lead_somewhere(text):
+    places = re.findall(r"\]\((?!https?:)([^)]+)\)", text) + re.findall(
+        r"`((?:scjax|notebooks|benchmarks)/[^\s`*]*)`", text
+    )
+    assert places
+    headings = {re.sub(r"[^\w -]", "", line.lstrip("# ")).lower().replace(" ", "-") for line in text.splitlines()}
+    for place in places:
+        if place.startswith("#"):
+            assert place[1:] in headings
+        else:
+            assert (ROOT / place).exists(), place
