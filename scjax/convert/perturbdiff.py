@@ -44,6 +44,7 @@ __all__ = [
     "params_to_torch",
     "spaces_from_torch",
     "told_by",
+    "untold",
 ]
 
 _ENCODERS = {"perturbation": "pert_encoder", "cell_type": "celltype_encoder", "batch": "batch_encoder"}
@@ -95,6 +96,11 @@ def told_by(state: Mapping[str, np.ndarray], **known: Any) -> dict[str, Any]:
     if known.get("perturbation") == "none":
         found.pop("n_perturbations", None)
     return found
+
+
+def untold(config: Config) -> tuple[str, ...]:
+    """Fields of the config that predictions depend on, and that names and shapes may not tell."""
+    return ("perturbation", "class_silu", "schedule", "n_times", "divisor", "condition_dropout")
 
 
 def _covariates_of(state: Mapping[str, np.ndarray]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from scjax.convert.state import Blank, checked, fill, remainder, shape_of
 from scjax.models.scdfm import Config
 from scjax.types import Params
 
-__all__ = ["config_from_torch", "left_over", "params_from_torch", "params_to_torch", "told_by"]
+__all__ = ["config_from_torch", "left_over", "params_from_torch", "params_to_torch", "told_by", "untold"]
 
 
 def config_from_torch(state: Mapping[str, np.ndarray], **known: Any) -> Config:
@@ -82,6 +82,11 @@ def told_by(state: Mapping[str, np.ndarray], **known: Any) -> dict[str, Any]:
     if known.get("perturbation") == "table":
         found["n_perturbations"] = shape_of(state, needed[2], 2)[0]
     return found
+
+
+def untold(config: Config) -> tuple[str, ...]:
+    """Fields of the config that predictions depend on, and that names and shapes may not tell."""
+    return ("n_heads", "graph_heads", "perturbation", "start")
 
 
 def params_from_torch(state: Mapping[str, np.ndarray], config: Config) -> Params:

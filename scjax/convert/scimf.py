@@ -23,7 +23,7 @@ from scjax.convert.state import Blank, Reader, checked, fill, remainder, shape_o
 from scjax.models.scimf import Config
 from scjax.types import Params
 
-__all__ = ["config_from_torch", "left_over", "params_from_torch", "params_to_torch", "told_by"]
+__all__ = ["config_from_torch", "left_over", "params_from_torch", "params_to_torch", "told_by", "untold"]
 
 
 def config_from_torch(state: Mapping[str, np.ndarray], **known: Any) -> Config:
@@ -67,6 +67,11 @@ def told_by(state: Mapping[str, np.ndarray], **known: Any) -> dict[str, Any]:
             )
         found |= {"diffusion": "constant", "sigma": float(values[0])}
     return found
+
+
+def untold(config: Config) -> tuple[str, ...]:
+    """Fields of the config that predictions depend on, and that names and shapes may not tell."""
+    return ("n_heads", "diffusion", "dt", *(("sigma",) if config.diffusion == "constant" else ()))
 
 
 def params_from_torch(state: Mapping[str, np.ndarray], config: Config) -> Params:

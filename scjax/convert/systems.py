@@ -27,35 +27,19 @@ class System(NamedTuple):
         title: its name in tables.
         convert: of `scjax.convert`.
         model: of `scjax.models`.
-        mark: a tensor that state dicts of no other system have.
-        untold: fields of the config that predictions depend on and that names and shapes may not tell.
+        mark: how names begin in its state dicts, and in those of no other system.
     """
 
     title: str
     convert: ModuleType
     model: ModuleType
     mark: str
-    untold: tuple[str, ...]
 
 
 SYSTEMS = {
-    "scimf": System(
-        "scIMF", scimf, scimf_model, "drift_intra.net.net.linear.weight", ("n_heads", "diffusion", "sigma", "dt")
-    ),
-    "scdfm": System(
-        "scDFM",
-        scdfm,
-        scdfm_model,
-        "encoder.perturbation_interaction.norm1.weight",
-        ("n_heads", "graph_heads", "perturbation", "start"),
-    ),
-    "perturbdiff": System(
-        "PerturbDiff",
-        perturbdiff,
-        perturbdiff_model,
-        "model.final_layer.linear.weight",
-        ("perturbation", "class_silu", "schedule", "n_times", "divisor", "condition_dropout"),
-    ),
+    "scimf": System("scIMF", scimf, scimf_model, "drift_intra."),
+    "scdfm": System("scDFM", scdfm, scdfm_model, "encoder.perturbation_interaction."),
+    "perturbdiff": System("PerturbDiff", perturbdiff, perturbdiff_model, "model.blocks."),
 }
 
 
@@ -65,10 +49,11 @@ class Weights(NamedTuple):
     Attributes:
         system: "scimf", "scdfm" or "perturbdiff".
         config: of `scjax.models.<system>`.
-        params: float32 arrays.
+        params: float32 arrays; what a file has in float64 is rounded.
         constants: PerturbDiff's frozen tables of vectors; None for the others. scDFM's gene graph is in no state dict.
         spaces: PerturbDiff's names of the data sets with input projections of their own.
-        originals: tensors that no prediction depends on, for the way back.
+        originals: what of the state dict has no place in the parameters, for the way back; None where they are of a
+            training run.
         assumed: fields of the config that neither the state dict told nor the caller, with the published values that
             were taken.
     """
@@ -78,7 +63,7 @@ class Weights(NamedTuple):
     params: Params
     constants: perturbdiff_model.Constants | None
     spaces: tuple[str, ...]
-    originals: dict[str, np.ndarray]
+    originals: dict[str, np.ndarray] | None
     assumed: dict[str, Any]
 
 
@@ -114,7 +99,7 @@ def from_torch(state: Mapping[str, np.ndarray], system: str | None = None, **kno
         constants=constants,
         spaces=spaces,
         originals=chosen.convert.left_over(state, config),
-        assumed={name: getattr(config, name) for name in chosen.untold if name not in found | known},
+        assumed={name: getattr(config, name) for name in chosen.convert.untold(config) if name not in found | known},
     )
 
 
@@ -125,7 +110,7 @@ def to_torch(weights: Weights) -> dict[str, np.ndarray]:
         ValueError: parameters that do not fit the config, a config that the PyTorch program does not have.
     """
     one_of("system", weights.system, SYSTEMS)
-    more: dict[str, Any] = {"originals": weights.originals or None}
+    more: dict[str, Any] = {"originals": weights.originals}
     if weights.system == "perturbdiff":
         more |= {"constants": weights.constants, "spaces": weights.spaces}
     return SYSTEMS[weights.system].convert.params_to_torch(weights.params, weights.config, **more)
@@ -137,9 +122,9 @@ def system_of(state: Mapping[str, np.ndarray]) -> str:
     Raises:
         ValueError: none of the systems, or marks of several.
     """
-    found = [name for name, system in SYSTEMS.items() if system.mark in state]
+    found = [key for key, system in SYSTEMS.items() if any(name.startswith(system.mark) for name in state)]
     if len(found) != 1:
-        marks = "; ".join(f"{system.title} has {system.mark}" for system in SYSTEMS.values())
+        marks = "; ".join(f"{system.title} has {system.mark}*" for system in SYSTEMS.values())
         what = "marks of several systems" if found else "of no system that is known here"
         raise ValueError(
             f"the state dict is {what} ({marks}). It has: {', '.join(sorted(state)[:10]) or 'nothing'}"
