@@ -7,6 +7,7 @@ plain values and refuses everything that acts.
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -129,13 +130,12 @@ def _loaded(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as err:  # whatever torch, pickle and zipfile say about a file that they cannot read
-        said = " ".join(str(err).split())
-        if "Unsupported" in said or "instantiate" in said:
-            what = said.partition("Unsupported")[2] or said
+        said = " ".join(str(err).split()).rpartition("WeightsUnpickler error: ")[2]
+        if re.search(r"unsupported|instantiate|blocked", said, re.IGNORECASE):
             raise ValueError(
                 f"{path} holds more than tensors and plain values, and reading that could run code: it is not read "
-                f"({what[:160].strip()}). If you trust the file, open it where its program is installed, and save its "
-                'state dict alone: torch.save(checkpoint["state_dict"], "weights.pt").'
+                f"({said[:100]}). If you trust the file, open it where its program is installed, and save its state "
+                'dict alone: torch.save(checkpoint["state_dict"], "weights.pt").'
             ) from err
         raise ValueError(
             f"{path} cannot be read as a file of torch ({type(err).__name__}: {said[:160]}); it may be cut short: "
@@ -149,7 +149,9 @@ def _unpacked(path: Path) -> dict[str, np.ndarray]:
             return {name: file[name] for name in file.files}
     except Exception as err:  # whatever numpy and zipfile say about a file that they cannot read
         said = " ".join(str(err).split())
-        raise ValueError(f"{path} cannot be read as .npz of arrays ({type(err).__name__}: {said[:160]}).") from err
+        raise ValueError(
+            f"{path} cannot be read as .npz of arrays ({type(err).__name__}: {said[:160]}); it may be cut short."
+        ) from err
 
 
 def _safetensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
@@ -177,7 +179,8 @@ def _safetensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
 def _chosen(found: Any, weights: str, path: Path) -> Mapping[Any, Any]:
     """The state dict of these weights, in a file that may hold several."""
     if not isinstance(found, Mapping) or not found:
-        raise ValueError(f"{path} holds no state dict but {type(found).__name__}{' of nothing' if not found else ''}.")
+        what = "an empty one" if isinstance(found, Mapping) else type(found).__name__
+        raise ValueError(f"{path} holds no state dict but {what}.")
     inside = [name for name in _INSIDE if isinstance(found.get(name), Mapping) and found[name]]
     if any(_is_tensor(value) for value in found.values()):
         inside = []  # a state dict itself

@@ -79,7 +79,9 @@ class Blank(dict):
         elif given is not None:
             self[name] = np.array(given, self.dtype_of.get(name))
         else:
-            self[name] = np.full(sizes, value, self.dtype_of.get(name, np.float32))
+            self[name] = np.zeros(sizes, self.dtype_of.get(name, np.float32))
+            if value:
+                self[name][...] = value
         return self[name]
 
 
