@@ -282,7 +282,7 @@ def _of_perturbdiff(
         "experiment": {
             "kind": "CellSetExperiment",
             "spec": dict(columns),
-            "sampling": {"n_cells": 256, "controls": "matched", "include_control": False},
+            "sampling": {"n_cells": 256, "group_by": None, "controls": "matched", "include_control": False},
             "generation": {} if config.condition_dropout else {"guidance": 1.0},
             "unmatched": "error",
             "absent": "error",

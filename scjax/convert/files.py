@@ -145,7 +145,7 @@ def _loaded(path: Path) -> Any:
 
 def _unpacked(path: Path) -> dict[str, np.ndarray]:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:  # NumPy leaves its own open
             return {name: file[name] for name in file.files}
     except Exception as err:  # whatever numpy and zipfile say about a file that they cannot read
         said = " ".join(str(err).split())
