@@ -539,7 +539,7 @@ class Convert:
         if self.weights == "main":
             raise ValueError("--weights of a run are last, ema or best; got main.")
         convert.check_new(self.to_torch)
-        loaded = convert.load(self.what, self.step, which=self.weights)
+        loaded = convert.load(self.what, self.step, weights=self.weights)
         state = convert.to_torch(loaded.weights)
         convert.write_torch(self.to_torch, state)
         count = sum(tensor.size for tensor in state.values())
@@ -589,7 +589,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _read_genes(path: Path) -> tuple[str, ...]:
     if path.suffix in (".h5ad", ".zarr"):
         return tuple(map(str, _read(path, on_disk=True).var_names))
-    return tuple(line for line in path.read_text(encoding="utf-8").split("\n") if line.strip())
+    return tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -108,18 +108,18 @@ def save(
         writer.save(0, arrays)
 
 
-def load(folder: str | Path, step: int | None = None, *, which: WhichParams | None = None) -> Loaded:
+def load(folder: str | Path, step: int | None = None, *, weights: WhichParams | None = None) -> Loaded:
     """The weights in a checkpoint: a converted one, or one of a training run.
 
     Args:
         folder: of the checkpoint or the run.
         step: the newest unless given.
-        which: of a run that keeps several: its "last" parameters, their moving average "ema", or the "best" on
+        weights: of a run that keeps several: its "last" parameters, their moving average "ema", or the "best" on
             validation data.
 
     Raises:
-        ValueError: no checkpoint there, a damaged one, one of something else; `which` is not one that it has, or is
-            missing where it has several.
+        ValueError: no checkpoint there, a damaged one, one of something else; `weights` are none that it has,
+            or missing where it has several.
     """
     folder = Path(folder)
     directory = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
@@ -131,11 +131,11 @@ def load(folder: str | Path, step: int | None = None, *, which: WhichParams | No
         raise ValueError(f"{folder} holds checkpoints of kind {system!r}, not of {', '.join(SYSTEMS)}.")
     choices = {"last": state.get("params"), "ema": state.get("ema"), "best": state.get("best", {}).get("params")}
     choices = {name: params for name, params in choices.items() if params is not None}
-    if which is None and len(choices) > 1:
+    if weights is None and len(choices) > 1:
         raise ValueError(f"weights must say which of {', '.join(choices)} are meant: {folder} keeps all of them.")
-    which = next(iter(choices)) if which is None else which
-    if which not in choices:
-        raise ValueError(f"weights must be one of {', '.join(choices)}, which {folder} has; got {which!r}.")
+    weights = next(iter(choices)) if weights is None else weights
+    if weights not in choices:
+        raise ValueError(f"weights must be one of {', '.join(choices)}, which {folder} has; got {weights!r}.")
     config = from_dict(
         SYSTEMS[system].model.Config, about["model"] if "model" in about else about["experiment"]["model"]
     )
@@ -151,7 +151,7 @@ def load(folder: str | Path, step: int | None = None, *, which: WhichParams | No
         weights=Weights(
             system=system,
             config=config,
-            params=jax.tree.map(jnp.asarray, choices[which]),
+            params=jax.tree.map(jnp.asarray, choices[weights]),
             constants=constants,
             spaces=spaces,
             originals=found.arrays.get("originals", {}) if converted else None,

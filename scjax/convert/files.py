@@ -19,12 +19,12 @@ import numpy as np
 
 from scjax.check import one_of
 
-__all__ = ["TORCH_SUFFIXES", "WhichWeights", "check_new", "read_torch", "write_torch"]
+__all__ = ["WhichWeights", "check_new", "read_torch", "write_torch"]
 
 WhichWeights: TypeAlias = Literal["main", "ema", "last"]
 
-TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
-_SUFFIXES = (*TORCH_SUFFIXES, ".npz", ".safetensors")
+_OF_TORCH = (".pt", ".pth", ".ckpt", ".bin")
+_SUFFIXES = (*_OF_TORCH, ".npz", ".safetensors")
 _AVERAGES = ("ema_state_dict", "state_dict_ema", "model_ema", "ema")  # beside the last weights
 _INSIDE = ("state_dict", "model_state_dict", "model")
 _TYPES = {  # of safetensors
@@ -59,7 +59,7 @@ def read_torch(path: str | Path, *, weights: WhichWeights = "main") -> dict[str,
     if not path.is_file():
         raise ValueError(f"path must be a file of weights; there is no file {path}.")
     one_of("the end of the file's name", path.suffix, _SUFFIXES)
-    if path.suffix in TORCH_SUFFIXES:
+    if path.suffix in _OF_TORCH:
         found = _loaded(path)
     else:
         found = _unpacked(path) if path.suffix == ".npz" else dict(_safetensors(path))

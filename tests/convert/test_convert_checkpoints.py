@@ -1,16 +1,21 @@
 """Converted checkpoints: what is written with the weights, who can open them, and what is refused."""
 
 import json
+import shutil
 from dataclasses import replace
+from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_convert_systems import MODELS, weights_like
 
 from scjax import checkpoint, convert, predict
 from scjax.config import from_dict
+from scjax.data.graph import neighbour_table
 from scjax.data.vocabulary import Vocabulary
+from scjax.models import scdfm
 from scjax.predict import TrainedCellSets
 
 SOURCE = {"source": "weights.pt", "sha256": "ab" * 32}
@@ -83,8 +88,6 @@ def test_what_predictions_lack(saved):
 
 def test_a_damaged_one_is_noticed(saved, tmp_path):
     folder, *_ = saved
-    import shutil
-
     shutil.copytree(folder, tmp_path / "copy")
     manifest = tmp_path / "copy" / "0" / "about" / "metadata"
     text = manifest.read_text()
@@ -106,6 +109,26 @@ def test_vocabulary_of_scdfm(tmp_path, vocabulary):
     ours = from_dict(Vocabulary, json.loads(json.dumps(found.about["vocabulary"])))
     assert ours.gene_tokens(found.genes).tolist() == [6, 4]
     assert ours.encode([("B",)], "gene", 2).tolist() == [[5, 3]]
+
+
+def test_sampling_with_a_converted_scdfm(tmp_path):
+    """Its vocabulary numbers genes and perturbations, and the graph of the training cells; the table has more rows."""
+    convert.save(tmp_path / "c", weights_like("scdfm"), **SOURCE, vocabulary={"tokens": TOKENS})
+    found = convert.load(tmp_path / "c")
+    vocabulary = from_dict(Vocabulary, found.about["vocabulary"])
+    genes, config = ("C", "A", "B"), found.weights.config
+    assert vocabulary.n_tokens < config.n_tokens
+    graph = neighbour_table(np.eye(3, dtype=bool), genes, vocabulary)
+    made = jax.jit(partial(scdfm.sample, config=config, n_steps=2, solver="euler"))(
+        found.weights.params,
+        jnp.ones((4, 3)),
+        jnp.asarray(vocabulary.encode([("A", "B")] * 4, "gene", 2)),
+        jnp.asarray(vocabulary.gene_tokens(genes)),
+        jax.random.key(0),
+        constants=scdfm.Constants(jnp.asarray(graph)),
+    )
+    assert made.shape == (4, 3)
+    assert np.isfinite(made).all()
 
 
 @pytest.mark.parametrize(

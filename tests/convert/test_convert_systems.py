@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +80,7 @@ def test_scimf_computes_the_recorded_drift(tmp_path, suffix):
     require("scimf")
     golden, state, known = weights_of("scimf", "mod_d10_h2_L2")
     weights = through_files(tmp_path, state, suffix, **known)
-    drift = scimf.drift(weights.params, jnp.asarray(golden["in/x"]), config=weights.config)
+    drift = jax.jit(partial(scimf.drift, config=weights.config))(weights.params, jnp.asarray(golden["in/x"]))
     largest = 1 + np.abs(golden["out/drift"]).max()
     np.testing.assert_allclose(drift, golden["out/drift"], rtol=0, atol=5e-6 * largest)
     assert weights.assumed == {"n_heads": 2, "dt": 0.1}
@@ -93,7 +94,8 @@ def test_scdfm_computes_the_recorded_velocity(tmp_path, suffix):
     rows = [np.flatnonzero(~row) for row in golden["in/mask"]]
     widest = max(map(len, rows))
     graph = np.stack([np.pad(row, (0, widest - len(row)), constant_values=-1) for row in rows])
-    v = scdfm.velocity(
+    velocity = jax.jit(partial(scdfm.velocity, config=weights.config))
+    v = velocity(
         weights.params,
         jnp.asarray(golden["in/x_t"]),
         jnp.asarray(golden["in/t"]),
@@ -101,7 +103,6 @@ def test_scdfm_computes_the_recorded_velocity(tmp_path, suffix):
         jnp.asarray(golden["in/pert_ids"], jnp.int32),
         jnp.asarray(golden["in/gene_ids"][0], jnp.int32),
         constants=scdfm.Constants(jnp.asarray(graph, jnp.int32)),
-        config=weights.config,
     )
     np.testing.assert_allclose(v, golden["out/velocity"], atol=3e-6, rtol=1e-5)
 
@@ -116,6 +117,7 @@ def test_perturbdiff_computes_the_recorded_prediction(tmp_path, suffix):
     t = jnp.full(len(golden["x"]), int(golden["step_t"][index]), jnp.int32)
     x, control, previous = (jnp.asarray(golden[n], jnp.float32) for n in ("x", "cont_emb", "prev_pred"))
 
+    @jax.jit
     def predict(covariates):
         return perturbdiff.denoise(
             weights.params, x, t, control, covariates, previous, constants=weights.constants, config=weights.config

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from scjax import convert
+from scjax.cli import main
 from scjax.models import perturbdiff, scdfm, scimf
 
 torch = pytest.importorskip("torch", reason="writes and reads .pt files; of the extra 'torch'")
@@ -74,6 +75,12 @@ def torch_model(system):
 
 def ours(weights):
     """The same of our functions."""
+    return jax.jit(lambda params, constants: _ours(weights._replace(params=params, constants=constants)))(
+        weights.params, weights.constants
+    )
+
+
+def _ours(weights):
     params, config = weights.params, weights.config
     if weights.system == "scimf":
         return scimf.drift(params, jnp.asarray(X), config=config)
@@ -151,3 +158,37 @@ def test_torch_models_load_weights_of_ours(system, random_model, tmp_path):
     model.load_state_dict(torch.load(tmp_path / "ours.pt", weights_only=True), strict=True)
     with torch.no_grad():
         np.testing.assert_allclose(compute().numpy(), ours(weights), **CLOSE)
+
+
+FULL = {
+    "scdfm": (scdfm, scdfm.Config(n_tokens=6000), 219, 60_359_169),
+    "perturbdiff": (
+        perturbdiff,
+        perturbdiff.Config(n_genes=2000, n_perturbations=91, n_cell_types=18, n_batches=12),
+        None,
+        None,
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("system", FULL)
+def test_published_sizes_through_files(system, tmp_path):
+    """A file of random weights, to a checkpoint, and back to a file: every number is where it was."""
+    module, config, n_tensors, n_values = FULL[system]
+    rng = np.random.default_rng(0)
+    tree = jax.eval_shape(lambda key: module.init(key, config), jax.random.key(0))
+    params = jax.tree.map(lambda leaf: rng.random(leaf.shape, np.float32), tree)
+    constants = perturbdiff.Constants() if system == "perturbdiff" else None
+    state = convert.to_torch(convert.Weights(system, config, params, constants, (), None, {}))
+    state = {n: v if v.any() else rng.random(v.shape, np.float32) for n, v in state.items()}  # what is left out, too
+    if system == "scdfm":
+        assert (len(state), sum(value.size for value in state.values())) == (n_tensors, n_values)
+    tensors = {name: torch.from_numpy(value) for name, value in state.items()}
+    last = {name: torch.zeros(1).expand(value.shape) for name, value in state.items()}
+    torch.save({"state_dict": tensors, "current_model_state": last}, tmp_path / "run.ckpt")
+    main(["convert", str(tmp_path / "run.ckpt"), "--out", str(tmp_path / "converted")])
+    main(["convert", str(tmp_path / "converted"), "--to-torch", str(tmp_path / "back.pt")])
+    back = torch.load(tmp_path / "back.pt", weights_only=True)
+    assert set(back) == set(tensors)
+    assert all(torch.equal(back[name], tensor) for name, tensor in tensors.items())

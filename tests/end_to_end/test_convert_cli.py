@@ -183,6 +183,14 @@ def _predicting(workdir):
     return "last"
 
 
+def test_help(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["convert", "--help"])
+    assert ended.value.code == 0
+    told = capsys.readouterr().out
+    assert all(option in told for option in ("--to-torch", "--vocabulary", "--genes", "--weights", "--set"))
+
+
 def test_which_weights_of_a_run(cellset_run, tmp_path, capsys):
     run = cellset_run.workdir
     told = refused(capsys, "convert", run, "--to-torch", tmp_path / "w.npz")
@@ -190,7 +198,7 @@ def test_which_weights_of_a_run(cellset_run, tmp_path, capsys):
     told = refused(capsys, "convert", run, "--to-torch", tmp_path / "w.npz", "--weights", "best")
     assert "weights must be one of last, ema" in told
     main(["convert", str(run), "--to-torch", str(tmp_path / "w.npz"), "--weights", "last", "--step", "10"])
-    at_10 = convert.load(run, 10, which="last").weights
+    at_10 = convert.load(run, 10, weights="last").weights
     wanted = convert.to_torch(at_10)["model.t_embedder.mlp.0.weight"]
     np.testing.assert_array_equal(convert.read_torch(tmp_path / "w.npz")["model.t_embedder.mlp.0.weight"], wanted)
 
