@@ -95,6 +95,7 @@ def save(
             "spaces": list(weights.spaces),
             "assumed": weights.assumed,
             "genes": list(genes),
+            "from_state_dict": weights.originals is not None,
         },
         "provenance": checkpoint.provenance(),
     }
@@ -118,8 +119,8 @@ def load(folder: str | Path, step: int | None = None, *, weights: WhichParams | 
             validation data.
 
     Raises:
-        ValueError: no checkpoint there, a damaged one, one of something else; `weights` are none that it has,
-            or missing where it has several.
+        ValueError: no checkpoint there, a damaged one, one of something else; `weights` are none that it has, or
+            are missing where it has several.
     """
     folder = Path(folder)
     directory = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
@@ -154,7 +155,7 @@ def load(folder: str | Path, step: int | None = None, *, weights: WhichParams | 
             params=jax.tree.map(jnp.asarray, choices[weights]),
             constants=constants,
             spaces=spaces,
-            originals=found.arrays.get("originals", {}) if converted else None,
+            originals=found.arrays.get("originals", {}) if converted.get("from_state_dict") else None,
             assumed=converted.get("assumed", {}),
         ),
         genes=tuple(genes),

@@ -205,7 +205,8 @@ def remainder(read: Callable[[Blank], Params], state: Mapping[str, np.ndarray]) 
     for place in _leaves(read(marks)).values():
         for part in _parts(place):
             part[...] = True
-    return {name: np.where(m, np.zeros((), state[name].dtype), state[name]) for name, m in marks.items() if not m.all()}
+    partly = [name for name, mark in marks.items() if name in state and not mark.all()]
+    return {name: np.where(marks[name], np.zeros((), state[name].dtype), state[name]) for name in partly}
 
 
 def _parts(place: Any) -> list[np.ndarray]:

@@ -50,6 +50,14 @@ def test_everything_comes_back(saved):
         np.testing.assert_array_equal(back[name], value, err_msg=name)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_what_never_was_a_state_dict_becomes_a_whole_one(name, tmp_path):
+    """With the tensors that the reference holds and we do not."""
+    weights = weights_like(name)
+    convert.save(tmp_path / "c", weights, **SOURCE)
+    assert set(convert.to_torch(convert.load(tmp_path / "c").weights)) == set(convert.to_torch(weights))
+
+
 def test_what_is_told(saved):
     folder, weights, _ = saved
     told = convert.told(folder)
