@@ -1,4 +1,7 @@
-"""The command line: scjax demo | train | predict | evaluate | bench | show. tyro makes options of the dataclasses."""
+"""The command line: scjax demo | train | predict | evaluate | bench | convert | show.
+
+tyro makes options of the dataclasses.
+"""
 
 import argparse
 import dataclasses
@@ -483,6 +486,113 @@ class Bench:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Convert:
+    """Make a checkpoint of a file of weights of a PyTorch program, or such a file of a checkpoint.
+
+    FILE --out FOLDER reads weights of scIMF, scDFM or PerturbDiff, all or nothing; FOLDER --to-torch FILE writes those
+    of a run, or of a converted checkpoint, under the names of the PyTorch program. Nothing is overwritten.
+
+    Attributes:
+        what: .pt, .pth, .ckpt or .bin (with torch), .npz, .safetensors; or the folder of a run or of a converted
+            checkpoint.
+        out: a new folder for the checkpoint.
+        to_torch: a new .pt, .pth or .npz.
+        model: whose weights these are; told by the names of the tensors if left out.
+        weights: of a file with a moving average: ema or last (main is what the file predicts with, the average where
+            Lightning kept one). Of a run: last, ema or best.
+        vocabulary: a JSON of what ids mean. scDFM: its {"<pad>": 0, ...}. PerturbDiff: {"perturbation": [...],
+            "cell_type": [...], "batch": [...]}, those that are known, in the order of its dictionaries.
+        genes: PerturbDiff: the names of its genes in its order, one a line in a .txt, or those of an .h5ad or .zarr.
+        set: what tensors do not tell, a field of the model's config, such as n_heads=4; and for PerturbDiff the columns
+            of the data to predict from, such as spec.perturbation=drug; repeatable.
+        step: of the run's checkpoint; the newest if left out.
+    """
+
+    what: Annotated[Path, tyro.conf.Positional]
+    out: Path | None = None
+    to_torch: Path | None = None
+    model: Literal["scimf", "scdfm", "perturbdiff"] | None = None
+    weights: Literal["main", "ema", "last", "best"] | None = None
+    vocabulary: Path | None = None
+    genes: Path | None = None
+    set: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="KEY=VALUE")] = ()
+    step: int | None = None
+
+    def execute(self) -> None:
+        if (self.out is None) == (self.to_torch is None):
+            raise ValueError(
+                "give --out, a new folder, for a file of weights; or --to-torch, a new file, for a folder."
+            )
+        backwards = self.to_torch is not None
+        of_other = ("model", "vocabulary", "genes", "set") if backwards else ("step",)
+        wrong = [f.name for f in dataclasses.fields(self) if f.name in of_other and getattr(self, f.name) != f.default]
+        if wrong:
+            raise ValueError(f"--{wrong[0]} does nothing with {'--to-torch' if backwards else '--out'}; leave it out.")
+        try:
+            self.to_file() if backwards else self.to_folder()
+        except ImportError as err:
+            raise ValueError(str(err)) from err
+
+    def to_file(self) -> None:
+        from scjax import convert
+
+        if self.weights == "main":
+            raise ValueError("--weights of a run are last, ema or best; got main.")
+        convert.check_new(self.to_torch)
+        loaded = convert.load(self.what, self.step, weights=self.weights)
+        state = convert.to_torch(loaded.weights)
+        convert.write_torch(self.to_torch, state)
+        count = sum(tensor.size for tensor in state.values())
+        print(f"{len(state)} tensors, {count} values, from step {loaded.step} written to {self.to_torch}")
+
+    def to_folder(self) -> None:
+        from scjax import convert
+        from scjax.data.spec import DataSpec
+
+        if self.out.exists():
+            raise ValueError(f"out {self.out} exists already and is not overwritten; choose another name.")
+        if self.weights == "best":
+            raise ValueError("--weights of a file are main, ema or last; got best.")
+        chosen = _assignments("set", self.set, "n_heads=4")
+        columns = {key.partition(".")[2]: v for key, v in chosen.items() if key.startswith("spec.")}
+        spec = None
+        if columns:
+            blank = DataSpec(space="lognormalised", perturbation="perturbation")
+            spec = to_dict(override(blank, columns))
+        known = {key: _from_json_text(v) for key, v in chosen.items() if not key.startswith("spec.")}
+        vocabulary = None if self.vocabulary is None else _read_json(self.vocabulary)
+        genes = () if self.genes is None else _read_genes(self.genes)
+        state = convert.read_torch(self.what, weights=self.weights or "main")
+        weights = convert.from_torch(state, self.model, **known)
+        source = {"source": self.what.name, "sha256": convert.digest(self.what)}
+        convert.save(self.out, weights, **source, genes=genes, vocabulary=vocabulary, spec=spec)
+        print(convert.told(self.out))
+
+
+def _from_json_text(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as err:
+        raise ValueError(f"{path} is no valid JSON: {err}.") from err
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} must hold a JSON object; it is {type(found).__name__}.")
+    return found
+
+
+def _read_genes(path: Path) -> tuple[str, ...]:
+    if path.suffix in (".h5ad", ".zarr"):
+        return tuple(map(str, _read(path, on_disk=True).var_names))
+    return tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Show:
     """Tell what a preset, a run, a settings file or a data file holds; without an argument, list the presets.
 
@@ -509,7 +619,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             command = _parse_train(arguments[1:])
         else:
             command = tyro.extras.subcommand_cli_from_dict(
-                {"demo": Demo, "train": Train, "predict": Predict, "evaluate": Evaluate, "bench": Bench, "show": Show},
+                {
+                    "demo": Demo,
+                    "train": Train,
+                    "predict": Predict,
+                    "evaluate": Evaluate,
+                    "bench": Bench,
+                    "convert": Convert,
+                    "show": Show,
+                },
                 prog="scjax",
                 description="Generative models of single-cell populations. `scjax COMMAND --help` tells its options.",
                 args=arguments,
@@ -681,6 +799,10 @@ def _shown_run(path: Path) -> str:
         about = about or found.about
     if about is None:  # says what is wrong: no checkpoint, or none that is whole
         about = checkpoint.read_about(folder)
+    if "converted" in about:
+        from scjax import convert
+
+        return f"{convert.told(path)}\n{json.dumps(about['model'], indent=2)}\n"
     lines = [
         f"{path}: {about['kind']}, run {about['run']}",
         f"  checkpoints: steps {', '.join(map(str, steps))}",

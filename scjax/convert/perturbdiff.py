@@ -23,17 +23,29 @@ index + 1 for the others; the rows of GenePT and ChemBERTa vectors are the refer
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from scjax.convert.state import checked, shape_of
+from scjax.convert import state as states
+from scjax.convert.state import Blank, checked, fill, remainder, shape_of
 from scjax.models.perturbdiff import Config, Constants, roles
 from scjax.types import Params
 
-__all__ = ["config_from_torch", "constants_from_torch", "left_out", "params_from_torch", "spaces_from_torch"]
+__all__ = [
+    "config_from_torch",
+    "constants_from_torch",
+    "left_out",
+    "left_over",
+    "params_from_torch",
+    "params_to_torch",
+    "spaces_from_torch",
+    "told_by",
+    "untold",
+]
 
 _ENCODERS = {"perturbation": "pert_encoder", "cell_type": "celltype_encoder", "batch": "batch_encoder"}
 
@@ -49,6 +61,12 @@ def config_from_torch(state: Mapping[str, np.ndarray], **known: Any) -> Config:
     Raises:
         ValueError: no PerturbDiff state dict.
     """
+    found = told_by(state, **known)
+    return Config(**(found | known))
+
+
+def told_by(state: Mapping[str, np.ndarray], **known: Any) -> dict[str, Any]:
+    """The fields of the config that a state dict tells, given those that are known."""
     state = checked(state)
     needed = (
         "model.final_layer.linear.weight",
@@ -77,7 +95,12 @@ def config_from_torch(state: Mapping[str, np.ndarray], **known: Any) -> Config:
     }
     if known.get("perturbation") == "none":
         found.pop("n_perturbations", None)
-    return Config(**(found | known))
+    return found
+
+
+def untold(config: Config) -> tuple[str, ...]:
+    """Fields of the config that predictions depend on, and that names and shapes may not tell."""
+    return ("perturbation", "class_silu", "schedule", "n_times", "divisor", "condition_dropout")
 
 
 def _covariates_of(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -117,27 +140,72 @@ def params_from_torch(state: Mapping[str, np.ndarray], config: Config) -> Params
         ValueError: tensors missing, left over or of another shape than the config asks for; all of them are listed.
             attention="tokens", which the reference does not have.
     """
+    _check_kind(config)
+    reader = Reader(checked(state), config)
+    params = reader.network(spaces_from_torch(state))
+    reader.tables()  # these tensors have their place, too
+    reader.finish()
+    return params
+
+
+def params_to_torch(
+    params: Params,
+    config: Config,
+    *,
+    constants: Constants | None = None,
+    spaces: Sequence[str] = (),
+    originals: Mapping[str, np.ndarray] | None = None,
+) -> dict[str, np.ndarray]:
+    """The state dict of a reference model with these parameters: the way back of `params_from_torch`, bit for bit.
+
+    What no prediction depends on (`left_out`) comes from `originals`, which may lack some or all of it. Without
+    originals it is there and zero; the projection of gene embeddings then has 5120 features, and the table of
+    perturbation="none" one row, as nobody else knows how many the reference gave it.
+
+    Args:
+        constants: the frozen tables, where the config has external vectors.
+        spaces: the names of the data sets that have input projections of their own, in the order of their ids.
+        originals: a state dict of the reference model, or what `left_over` kept of it. It must be there for a model
+            with doses: the dose of each perturbation is no parameter.
+
+    Raises:
+        ValueError: parameters missing, left over or of another shape than the config asks for; all of them are listed.
+            Constants, spaces or originals missing; attention="tokens", which the reference does not have, or
+            block="sequential", which it would compute otherwise.
+    """
+    _check_kind(config)
+    if config.block != "parallel":
+        raise ValueError(f"block={config.block!r} is not what the reference would compute with these parameters.")
+    tables = {name: a for name, a in (constants or Constants())._asdict().items() if a is not None}
+    wanted = {f"{role}_vectors" for role in ("perturbation", "cell_type") if getattr(config, role) == "vector"}
+    if wanted != set(tables):
+        raise ValueError(
+            f"constants must have {' and '.join(sorted(wanted)) or 'no vectors'} for this config; they have "
+            f"{' and '.join(sorted(tables)) or 'none'}."
+        )
+    if len(spaces) != (config.n_spaces if config.n_spaces > 1 else 0):
+        raise ValueError(
+            f"spaces must name the {config.n_spaces} data sets that have input projections of their own (none for one "
+            f"that all share); got {tuple(spaces)}."
+        )
+    rows = {name.removesuffix("_vectors"): len(table) for name, table in tables.items()}
+    read = partial(_blank, config=config, spaces=tuple(spaces), rows=rows)
+    return fill(read, {"params": params, "constants": tables}, originals)
+
+
+def left_over(state: Mapping[str, np.ndarray], config: Config) -> dict[str, np.ndarray]:
+    """What of a state dict `params_from_torch` and `constants_from_torch` leave out: `originals` for the way back."""
+    return remainder(partial(_blank, config=config, spaces=spaces_from_torch(state), rows={}), checked(state))
+
+
+def _check_kind(config: Config) -> None:
     if config.attention != "features":
         raise ValueError("attention='tokens' has matrices that the reference lacks; take 'features'.")
-    reader = Reader(checked(state), config)
-    params = {
-        "time": reader.time(),
-        "covariates": reader.covariates(),
-        "condition": reader.condition(),
-        "inputs": reader.inputs(spaces_from_torch(state)),
-        **{
-            f"layer_{i}": reader.layer(f"model.blocks.{i}.block", i == config.n_layers - 1)
-            for i in range(config.n_layers)
-        },
-        "head": reader.head("model.final_layer"),
-    }
-    reader.constants()  # these tensors have their place, too
-    dead = left_out(config)
-    over = {k: v for k, v in reader.left.items() if not any(re.fullmatch(pattern, k) for pattern in dead)}
-    misfits = [*reader.misfits, *(f"{name} {value.shape} has no place in this config" for name, value in over.items())]
-    if misfits:
-        raise ValueError("the state dict does not fit the config:\n  " + "\n  ".join(misfits))
-    return params
+
+
+def _blank(tensors: Blank, config: Config, spaces: tuple[str, ...], rows: Mapping[str, int]) -> Params:
+    reader = Reader(tensors, config)
+    return {"params": reader.network(spaces), "constants": reader.tables(rows)}
 
 
 def constants_from_torch(state: Mapping[str, np.ndarray], config: Config) -> Constants:
@@ -160,39 +228,56 @@ def left_out(config: Config) -> dict[str, str]:
     last layer's attn.proj and control_adaLN_modulation the rows for the control stream, which ends there; and of the
     perturbation table, with perturbation="none", all rows but the first.
     """
-    last = rf"model\.blocks\.{config.n_layers - 1}\.block"
-    return {
-        r"model\.control_final_layer\..*": "a head whose output nothing reads",
-        last + r"\.control_mlp\..*": "the control stream ends with the last layer's attention",
-        r"model\.gene_embedding\.(gene_embedding|layer_norm)\..*": "gene embeddings are never given to the network",
-        r"cov_encoder\.dose_indices": "the dose of each perturbation: ids of the data, not parameters",
-    }
+    return {re.escape(name): why for name, _, _, why in _dead(config)}
 
 
-class Reader:
-    """Takes tensors by name, and remembers what did not fit."""
+def _dead(config: Config) -> list[tuple[str, tuple[int | None, ...], int | None, str]]:
+    """Name, shape, size that the config does not tell, and why nothing depends on it."""
+    d, n = config.d_model, config.n_hidden
+    last = f"model.blocks.{config.n_layers - 1}.block.control_mlp"
+    ends = "the control stream ends with the last layer's attention"
+    head = "a head whose output nothing reads"
+    given = "gene embeddings are never given to the network"
+    return [
+        *((f"model.control_final_layer.linear.{p}", shape, None, head) for p, shape in _pair(config.n_genes, d)),
+        *((f"model.control_final_layer.adaLN_modulation.1.{p}", s, None, head) for p, s in _pair(2 * d, d)),
+        *((f"{last}.fc1.{p}", shape, None, ends) for p, shape in _pair(n, d)),
+        *((f"{last}.fc2.{p}", shape, None, ends) for p, shape in _pair(d, n)),
+        *((f"model.gene_embedding.gene_embedding.{p}", s, 5120, given) for p, s in _pair(d, None)),
+        *((f"model.gene_embedding.layer_norm.{p}", (d,), None, given) for p in ("weight", "bias")),
+        (_DOSES, (None,), None, "the dose of each perturbation: ids of the data, not parameters"),
+    ]
+
+
+def _pair(n_out: int | None, n_in: int | None) -> tuple[tuple[str, tuple[int | None, ...]], ...]:
+    return ("weight", (n_out, n_in)), ("bias", (n_out,))
+
+
+_DOSES = "cov_encoder.dose_indices"
+
+
+class Reader(states.Reader):
+    """With the layers of this network."""
 
     def __init__(self, state: dict[str, np.ndarray], config: Config):
-        self.left, self.misfits, self.config, self.d = state, [], config, config.d_model
+        super().__init__(state)
+        self.config, self.d = config, config.d_model
 
-    def take(self, name: str, shape: tuple[int | None, ...]) -> np.ndarray:
-        """The tensor; None in the shape stands for any size."""
-        wanted = tuple(size or 1 for size in shape)
-        if name not in self.left:
-            self.misfits.append(f"{name} is missing; wanted the shape {shape}")
-            return np.zeros(wanted, np.float32)
-        value = np.asarray(self.left.pop(name))
-        if len(value.shape) != len(shape) or any(
-            s not in (None, got) for s, got in zip(shape, value.shape, strict=True)
-        ):
-            self.misfits.append(f"{name} has the shape {value.shape}; wanted {shape}")
-            return np.zeros(wanted, value.dtype)  # so that the reading goes on, and lists what else is wrong
-        return value
-
-    def linear(self, name: str, n_in: int | None, n_out: int | None, keep: int | None = None) -> Params:
-        """A layer, or its first `keep` outputs."""
-        kernel, bias = self.take(f"{name}.weight", (n_out, n_in)).T, self.take(f"{name}.bias", (n_out,))
-        return {"kernel": kernel[:, :keep], "bias": bias[:keep]}
+    def network(self, spaces: tuple[str, ...]) -> Params:
+        n = self.config.n_layers
+        params = {
+            "time": self.time(),
+            "covariates": self.covariates(),
+            "condition": self.condition(),
+            "inputs": self.inputs(spaces),
+            **{f"layer_{i}": self.layer(f"model.blocks.{i}.block", i == n - 1) for i in range(n)},
+            "head": self.head("model.final_layer"),
+        }
+        for name, shape, unknown, _ in _dead(self.config):
+            if name == _DOSES and self.config.n_doses is None:
+                continue
+            self.leave(name, shape, unknown, value=None if name == _DOSES else 0.0)
+        return params
 
     def time(self, at: str = "model.t_embedder") -> Params:
         first, second = self.linear(f"{at}.mlp.0", 256, self.d), self.linear(f"{at}.mlp.2", self.d, self.d)
@@ -213,11 +298,11 @@ class Reader:
         ]
         cells, controls = read("x_embedder"), read("x_control_embedder")
         return {
-            "state": np.stack([layer["kernel"][:g] for layer in cells]),
-            "previous": np.stack([layer["kernel"][g:] for layer in cells]),
-            "bias": np.stack([layer["bias"] for layer in cells]),
-            "control": np.stack([layer["kernel"][:g] for layer in controls]),
-            "control_bias": np.stack([layer["bias"] for layer in controls]),
+            "state": self.stack([layer["kernel"][:g] for layer in cells]),
+            "previous": self.stack([layer["kernel"][g:] for layer in cells]),
+            "bias": self.stack([layer["bias"] for layer in cells]),
+            "control": self.stack([layer["kernel"][:g] for layer in controls]),
+            "control_bias": self.stack([layer["bias"] for layer in controls]),
             "gene": self.take("model.gene_embedding.null_emb.weight", (1, self.d))[0],
         }
 
@@ -227,7 +312,7 @@ class Reader:
             "joined": self.linear(f"{at}.qkv", 2 * self.d, 6 * self.d),
             "query_norm": {"scale": self.take(f"{at}.q_norm.weight", (width,))},
             "key_norm": {"scale": self.take(f"{at}.k_norm.weight", (width,))},
-            "output": self.linear(f"{at}.proj", 2 * self.d, 2 * self.d, self.d if last else None),
+            "output": self.linear(f"{at}.proj", 2 * self.d, 2 * self.d, keep=self.d if last else None),
         }
 
     def feedforward(self, at: str) -> Params:
@@ -240,7 +325,7 @@ class Reader:
             "attention": self.attention(f"{at}.attn", last),
             "feedforward": self.feedforward(f"{at}.mlp"),
             "modulation": self.linear(f"{at}.adaLN_modulation.1", d, 6 * d),
-            "control_modulation": self.linear(control, d, 6 * d, 2 * d if last else None),
+            "control_modulation": self.linear(control, d, 6 * d, keep=2 * d if last else None),
         }
         return layer if last else layer | {"control_feedforward": self.feedforward(f"{at}.control_mlp")}
 
@@ -267,16 +352,20 @@ class Reader:
                 }
                 encoders[role] = {"embedding": self.take(f"{name}.weight", (rows[role], d))}
             else:
-                encoders[role] = {"embedding": self.take(f"{name}.weight", (None, d))[:1]}
+                encoders[role] = {"embedding": self.take(f"{name}.weight", (None, d), c.n_perturbations or 1)[:1]}
         return encoders
 
-    def constants(self, at: str = "cov_encoder") -> Constants:
-        c, tables = self.config, {}
+    def tables(self, rows: Mapping[str, int] | None = None, at: str = "cov_encoder") -> dict[str, np.ndarray]:
+        """The frozen tables; `rows` of them, where the tensors are empty."""
+        c, found = self.config, {}
         for role, n_features in (("perturbation", c.n_perturbation_features), ("cell_type", c.n_cell_type_features)):
             if getattr(c, role) == "vector":
                 name = f"{_encoder_of(role, c.n_doses is not None, at)}.0.weight"
-                tables[f"{role}_vectors"] = jnp.asarray(self.take(name, (None, n_features)))
-        return Constants(**tables)
+                found[f"{role}_vectors"] = self.take(name, (None, n_features), (rows or {}).get(role))
+        return found
+
+    def constants(self, at: str = "cov_encoder") -> Constants:
+        return Constants(**{name: jnp.asarray(table) for name, table in self.tables(at=at).items()})
 
 
 def _encoder_of(role: str, has_doses: bool, at: str = "cov_encoder") -> str:

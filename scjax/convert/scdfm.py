@@ -25,15 +25,17 @@ left out, whatever else is left over is an error.
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from scjax.convert.state import checked, shape_of
+from scjax.convert import state as states
+from scjax.convert.state import Blank, checked, fill, remainder, shape_of
 from scjax.models.scdfm import Config
 from scjax.types import Params
 
-__all__ = ["config_from_torch", "params_from_torch"]
+__all__ = ["config_from_torch", "left_over", "params_from_torch", "params_to_torch", "told_by", "untold"]
 
 
 def config_from_torch(state: Mapping[str, np.ndarray], **known: Any) -> Config:
@@ -41,12 +43,17 @@ def config_from_torch(state: Mapping[str, np.ndarray], **known: Any) -> Config:
 
     Args:
         state: arrays by their state-dict names.
-        known: what they do not tell: perturbation ("gene" unless given), n_heads (8 unless given), dropout, gamma,
-            start, ...
+        known: what they do not tell: perturbation ("gene" unless given), n_heads of a perceiver, graph_heads (8 unless
+            given), dropout, gamma, start, ...
 
     Raises:
         ValueError: no scDFM state dict.
     """
+    return Config(**(told_by(state, **known) | known))
+
+
+def told_by(state: Mapping[str, np.ndarray], **known: Any) -> dict[str, Any]:
+    """The fields of the config that a state dict tells, given those that are known."""
     state = checked(state)
     needed = ["encoder.embedding.weight", "t_embedder.mlp.0.weight"]
     if known.get("perturbation") == "table":
@@ -68,9 +75,18 @@ def config_from_torch(state: Mapping[str, np.ndarray], **known: Any) -> Config:
         "n_layers": len(layers),
         "fusion": fusion,
     }
+    at_head = next((name for name in state if re.fullmatch(r"blocks\.0\..*attn\.subln\.weight", name)), None)
+    if at_head is not None:
+        (width,) = shape_of(state, at_head, 1)
+        found["n_heads"] = max(1, d // width)
     if known.get("perturbation") == "table":
         found["n_perturbations"] = shape_of(state, needed[2], 2)[0]
-    return Config(**(found | known))
+    return found
+
+
+def untold(config: Config) -> tuple[str, ...]:
+    """Fields of the config that predictions depend on, and that names and shapes may not tell."""
+    return ("n_heads", "graph_heads", "perturbation", "start")
 
 
 def params_from_torch(state: Mapping[str, np.ndarray], config: Config) -> Params:
@@ -80,43 +96,58 @@ def params_from_torch(state: Mapping[str, np.ndarray], config: Config) -> Params
         ValueError: tensors missing, left over or of another shape than the config asks for; all of them are listed.
             perturbation="vector", which the reference does not have.
     """
-    if config.perturbation == "vector":
-        raise ValueError("perturbation='vector' has a projection that the reference lacks; take 'gene' or 'table'.")
+    _check_kind(config)
     reader = Reader(checked(state), config.d_model)
     params = _network(reader, config)
-    unused = {"perturbations": r"perturbation_embedder\.", "perturbation_head": r"p_head\.", "mask": r"p_mask_embed"}
-    for name, pattern in unused.items():
-        if name not in params:
-            reader.left = {k: v for k, v in reader.left.items() if not re.match(pattern, k)}
-    misfits = [*reader.misfits, *(f"{k} {v.shape} has no place in this config" for k, v in reader.left.items())]
-    if misfits:
-        raise ValueError("the state dict does not fit the config:\n  " + "\n  ".join(misfits))
+    reader.finish()
     return params
 
 
-class Reader:
-    """Takes tensors by name, and remembers what did not fit."""
+def params_to_torch(
+    params: Params, config: Config, *, originals: Mapping[str, np.ndarray] | None = None
+) -> dict[str, np.ndarray]:
+    """The state dict of a reference model with these parameters: the way back of `params_from_torch`, bit for bit.
+
+    What the reference always holds and the config has no use for comes from `originals`, which may lack some or all of
+    it. Without originals it is there and zero, the perturbation table with n_tokens rows as in the reference.
+
+    Args:
+        originals: a state dict of the reference model, or what `left_over` kept of it.
+
+    Raises:
+        ValueError: parameters missing, left over or of another shape than the config asks for; all of them are listed.
+            perturbation="vector", which the reference does not have.
+    """
+    _check_kind(config)
+    return fill(partial(_blank, config=config), params, originals)
+
+
+def left_over(state: Mapping[str, np.ndarray], config: Config) -> dict[str, np.ndarray]:
+    """What of a state dict `params_from_torch` leaves out: `originals` for the way back."""
+    return remainder(partial(_blank, config=config), checked(state))
+
+
+def _check_kind(config: Config) -> None:
+    if config.perturbation == "vector":
+        raise ValueError("perturbation='vector' has a projection that the reference lacks; take 'gene' or 'table'.")
+
+
+def _blank(tensors: Blank, config: Config) -> Params:
+    return _network(Reader(tensors, config.d_model), config)
+
+
+class Reader(states.Reader):
+    """With the layers of this network, of width `d` where nothing else is said."""
 
     def __init__(self, state: dict[str, np.ndarray], d: int):
-        self.left, self.misfits, self.d = state, [], d
-
-    def take(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        if name not in self.left:
-            self.misfits.append(f"{name} is missing; wanted the shape {shape}")
-            return np.zeros(shape, np.float32)
-        value = np.asarray(self.left.pop(name))
-        if value.shape != shape:
-            self.misfits.append(f"{name} has the shape {value.shape}; wanted {shape}")
-            return np.zeros(shape, value.dtype)  # so that the reading goes on, and lists what else is wrong
-        return value
+        super().__init__(state)
+        self.d = d
 
     def linear(self, name: str, n_in: int | None = None, n_out: int | None = None, *, bias: bool = True) -> Params:
-        n_in, n_out = n_in or self.d, n_out or self.d
-        kernel = {"kernel": self.take(f"{name}.weight", (n_out, n_in)).T}
-        return kernel | ({"bias": self.take(f"{name}.bias", (n_out,))} if bias else {})
+        return super().linear(name, n_in or self.d, n_out or self.d, bias=bias)
 
     def norm(self, name: str) -> Params:
-        return {"scale": self.take(f"{name}.weight", (self.d,)), "bias": self.take(f"{name}.bias", (self.d,))}
+        return self.affine(name, self.d)
 
     def attention(self, name: str) -> Params:
         weights = np.split(self.take(f"{name}.in_proj_weight", (3 * self.d, self.d)), 3)
@@ -216,13 +247,23 @@ def _network(read: Reader, config: Config) -> Params:
         },
         **{f"layer_{i}": read.layer(i, config) for i in range(config.n_layers)},
     }
+    table, head, mask = "perturbation_embedder", "p_head", "p_mask_embed"
     if config.perturbation == "table":
         params["perturbations"] = {
-            "embedding": read.take("perturbation_embedder.embedding.weight", (config.n_perturbations or 0, d)),
-            "norm": read.norm("perturbation_embedder.enc_norm"),
+            "embedding": read.take(f"{table}.embedding.weight", (config.n_perturbations or 0, d)),
+            "norm": read.norm(f"{table}.enc_norm"),
         }
+    else:
+        read.leave(f"{table}.embedding.weight", (None, d), config.n_tokens)
+        for part in ("weight", "bias"):
+            read.leave(f"{table}.enc_norm.{part}", (d,))
     if config.objective == "perturbation":
-        params["perturbation_head"] = {"LayerNorm_0": read.norm("p_head.0"), "Dense_0": read.linear("p_head.1")}
+        params["perturbation_head"] = {"LayerNorm_0": read.norm(f"{head}.0"), "Dense_0": read.linear(f"{head}.1")}
+    else:
+        for part, shape in (("0.weight", (d,)), ("0.bias", (d,)), ("1.weight", (d, d)), ("1.bias", (d,))):
+            read.leave(f"{head}.{part}", shape)
     if config.objective == "perturbation" or config.condition_dropout > 0:
-        params["mask"] = read.take("p_mask_embed", (d,))
+        params["mask"] = read.take(mask, (d,))
+    else:
+        read.leave(mask, (d,))
     return params

@@ -14,15 +14,16 @@
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from scjax.convert.state import checked, shape_of
+from scjax.convert.state import Blank, Reader, checked, fill, remainder, shape_of
 from scjax.models.scimf import Config
 from scjax.types import Params
 
-__all__ = ["config_from_torch", "params_from_torch"]
+__all__ = ["config_from_torch", "left_over", "params_from_torch", "params_to_torch", "told_by", "untold"]
 
 
 def config_from_torch(state: Mapping[str, np.ndarray], **known: Any) -> Config:
@@ -36,6 +37,11 @@ def config_from_torch(state: Mapping[str, np.ndarray], **known: Any) -> Config:
     Raises:
         ValueError: no scIMF state dict.
     """
+    return Config(**(told_by(state, **known) | known))
+
+
+def told_by(state: Mapping[str, np.ndarray], **known: Any) -> dict[str, Any]:
+    """The fields of the config that a state dict tells, given those that are known."""
     state = checked(state)
     hidden = _numbered(state, r"drift_intra\.net\.net\.linear(\d+)\.weight")
     if not hidden or "drift_intra.net.net.linear.weight" not in state:
@@ -59,8 +65,13 @@ def config_from_torch(state: Mapping[str, np.ndarray], **known: Any) -> Config:
                 f"diffusion.sigma holds {len(values)} different values, so it is a trained vector: "
                 'pass diffusion="learned".'
             )
-        found["sigma"] = float(values[0])
-    return Config(**(found | known))
+        found |= {"diffusion": "constant", "sigma": float(values[0])}
+    return found
+
+
+def untold(config: Config) -> tuple[str, ...]:
+    """Fields of the config that predictions depend on, and that names and shapes may not tell."""
+    return ("n_heads", "diffusion", "dt", *(("sigma",) if config.diffusion == "constant" else ()))
 
 
 def params_from_torch(state: Mapping[str, np.ndarray], config: Config) -> Params:
@@ -69,41 +80,60 @@ def params_from_torch(state: Mapping[str, np.ndarray], config: Config) -> Params
     Raises:
         ValueError: tensors missing, left over or of another shape than the config asks for; all of them are listed.
     """
-    left, misfits = checked(state), []
+    reader = Reader(checked(state))
+    sigma = reader.left.get("diffusion.sigma")
+    if config.diffusion == "constant" and sigma is not None and not np.allclose(sigma, config.sigma):
+        reader.misfits.append(f"diffusion.sigma is not the constant config.sigma={config.sigma}")
+    params = _network(reader, config)
+    reader.finish()
+    return params
 
-    def take(name: str, shape: tuple[int, ...]) -> np.ndarray:
-        if name not in left:
-            misfits.append(f"{name} is missing; wanted the shape {shape}")
-            return np.zeros(shape, np.float32)
-        value = np.asarray(left.pop(name))
-        if value.shape != shape:
-            misfits.append(f"{name} has the shape {value.shape}; wanted {shape}")
-        return value
 
-    def linear(name: str, n_in: int, n_out: int, bias: bool = True) -> Params:
-        kernel = {"kernel": take(f"{name}.weight", (n_out, n_in)).T}
-        return kernel | ({"bias": take(f"{name}.bias", (n_out,))} if bias else {})
+def params_to_torch(
+    params: Params, config: Config, *, originals: Mapping[str, np.ndarray] | None = None
+) -> dict[str, np.ndarray]:
+    """The state dict of a reference model with these parameters: the way back of `params_from_torch`, bit for bit.
 
-    def norm(name: str) -> Params:
-        return {"scale": take(f"{name}.weight", (d,)), "bias": take(f"{name}.bias", (d,))}
+    The constant diffusion, which is no parameter, is config.sigma in every dimension; with `originals` it is theirs, or
+    not there where they lack it.
+
+    Raises:
+        ValueError: parameters missing, left over or of another shape than the config asks for; all of them are listed.
+            residual=True, which the reference would compute otherwise.
+    """
+    if config.residual:
+        raise ValueError("residual=True is not what the reference would compute with these parameters.")
+    return fill(partial(_blank, config=config), params, originals)
+
+
+def left_over(state: Mapping[str, np.ndarray], config: Config) -> dict[str, np.ndarray]:
+    """What of a state dict `params_from_torch` leaves out: `originals` for the way back."""
+    return remainder(partial(_blank, config=config), checked(state))
+
+
+def _blank(tensors: Blank, config: Config) -> Params:
+    return _network(Reader(tensors), config)
+
+
+def _network(read: Reader, config: Config) -> Params:
+    d = config.n_dims
 
     def mlp(names: list[str], widths: tuple[int, ...]) -> Params:
         sizes = (d, *widths, d)
-        layers = [linear(n, i, o) for n, i, o in zip(names, sizes, sizes[1:], strict=False)]
+        layers = [read.linear(n, i, o) for n, i, o in zip(names, sizes, sizes[1:], strict=False)]
         return {f"hidden_{i}": layer for i, layer in enumerate(layers[:-1])} | {"output": layers[-1]}
 
-    d = config.n_dims
     intra = [f"drift_intra.net.net.linear{i + 1}" for i in range(len(config.intrinsic_widths))]
     drift: Params = {"intrinsic": mlp([*intra, "drift_intra.net.net.linear"], config.intrinsic_widths)}
     for block in range(config.n_blocks):
         at = f"drift_inter.trm_inter.{block}"
         drift[f"interaction_{block}"] = {
-            "norm_query_key": norm(f"{at}.norm1"),
-            "norm_value": norm(f"{at}.Vnet"),
-            "norm_feedforward": norm(f"{at}.norm2"),
-            "query": linear(f"{at}.attn.q_proj", d, d, bias=False),
-            "key": linear(f"{at}.attn.k_proj", d, d, bias=False),
-            "value": linear(f"{at}.attn.v_proj", d, d, bias=False),
+            "norm_query_key": read.affine(f"{at}.norm1", d),
+            "norm_value": read.affine(f"{at}.Vnet", d),
+            "norm_feedforward": read.affine(f"{at}.norm2", d),
+            "query": read.linear(f"{at}.attn.q_proj", d, d, bias=False),
+            "key": read.linear(f"{at}.attn.k_proj", d, d, bias=False),
+            "value": read.linear(f"{at}.attn.v_proj", d, d, bias=False),
             "feedforward": mlp([f"{at}.fc1", f"{at}.fc2"], (4 * d,)),
         }
     params: Params = {"drift": drift}
@@ -111,13 +141,9 @@ def params_from_torch(state: Mapping[str, np.ndarray], config: Config) -> Params
         names = [f"diffusion.sigma._model.{2 * i}" for i in range(len(config.diffusion_widths) + 1)]
         params["diffusion"] = {"mlp": mlp(names, config.diffusion_widths)}
     elif config.diffusion == "learned":
-        params["diffusion"] = {"sigma": take("diffusion.sigma", (1, d))[0]}
-    elif "diffusion.sigma" in left and not np.allclose(left["diffusion.sigma"], config.sigma):
-        misfits.append(f"diffusion.sigma is not the constant config.sigma={config.sigma}")
-    left.pop("diffusion.sigma", None)
-    misfits += [f"{name} {value.shape} has no place in this config" for name, value in left.items()]
-    if misfits:
-        raise ValueError("the state dict does not fit the config:\n  " + "\n  ".join(misfits))
+        params["diffusion"] = {"sigma": read.take("diffusion.sigma", (1, d))[0]}
+    else:
+        read.leave("diffusion.sigma", (1, d), value=config.sigma)
     return params
 
 

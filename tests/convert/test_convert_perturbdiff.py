@@ -8,12 +8,16 @@ import numpy as np
 import pytest
 
 from scjax.convert.perturbdiff import (
+    Reader,
     config_from_torch,
     constants_from_torch,
     left_out,
+    left_over,
     params_from_torch,
+    params_to_torch,
     spaces_from_torch,
 )
+from scjax.convert.state import Blank
 from scjax.models import perturbdiff
 from scjax.models.perturbdiff import Config
 
@@ -141,6 +145,91 @@ def test_no_number_goes_lost_but_those_left_out(config):
     assert set(partly) == set(expected)
     for name, entries in partly.items():
         np.testing.assert_array_equal(entries, np.sort(state[name][expected[name]].ravel()), err_msg=name)
+
+
+def back_of(params, config, state, **options):
+    constants = constants_from_torch(state, config)
+    return params_to_torch(params, config, constants=constants, spaces=spaces_from_torch(state), **options)
+
+
+@each
+def test_the_way_back(config):
+    """Bit for bit where the original is at hand; else what is left out is zero, and the rest is as it was."""
+    state = state_of(config)
+    params = params_from_torch(state, config)
+    whole = back_of(params, config, state, originals=left_over(state, config))
+    assert {name: (v.shape, v.dtype) for name, v in whole.items()} == {n: (v.shape, v.dtype) for n, v in state.items()}
+    for name, value in state.items():
+        np.testing.assert_array_equal(whole[name], value, err_msg=name)
+    if config.n_doses:
+        with pytest.raises(ValueError, match="cov_encoder.dose_indices is no parameter of ours.*hand in originals"):
+            back_of(params, config, state)
+        return
+    blank = back_of(params, config, state)
+    assert set(blank) == set(state)
+    for name, value in blank.items():
+        entries = state[name][: len(value)]  # of a table of which one row is used, that row
+        assert value.shape == entries.shape
+        np.testing.assert_array_equal(value[value != 0], entries[value != 0], err_msg=name)
+        is_dead = any(re.fullmatch(pattern, name) for pattern in left_out(config))
+        assert bool((value == 0).all()) == is_dead, name
+    jax.tree.map(np.testing.assert_array_equal, params_from_torch(blank, config), params)
+
+
+def test_the_way_back_refuses():
+    config, state = CONFIGS["vectors"], state_of(CONFIGS["vectors"])
+    params = params_from_torch(state, config)
+    with pytest.raises(ValueError, match="constants must have cell_type_vectors and perturbation_vectors"):
+        params_to_torch(params, config)
+    spaces, several = CONFIGS["spaces"], state_of(CONFIGS["spaces"])
+    with pytest.raises(ValueError, match=r"spaces must name the 2 data sets .* got \(\)"):
+        params_to_torch(params_from_torch(several, spaces), spaces)
+    with pytest.raises(ValueError, match="block='sequential' is not what the reference would compute"):
+        params_to_torch(params, replace(config, block="sequential"))
+    wrong = {"model.control_final_layer.linear.bias": np.zeros(99, np.float32)}
+    with pytest.raises(ValueError, match=r"originals: .*linear.bias has the shape \(99,\); wanted \(5,\)"):
+        back_of(params, config, state, originals=wrong)
+
+
+PUBLISHED = {  # sizes and published counts, in millions; the covariates' encoder comes on top
+    "2000 genes": (Config(n_genes=2000, n_perturbations=91, n_cell_types=18, n_batches=12), 103.6),
+    "12,626 genes": (Config(n_genes=12626, n_perturbations=91, n_cell_types=18, n_batches=12), 141.7),
+    "four projections": (Config(n_genes=12626, n_perturbations=91, n_cell_types=18, n_batches=12, n_spaces=4), 219.3),
+}
+FAMILIES = ("tahoe100m", "pbmc", "replogle", "cellxgene")
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_sizes(name):
+    """Numbers that all are zero take no memory until somebody writes into them."""
+    config, millions = PUBLISHED[name]
+    tree = jax.eval_shape(lambda key: perturbdiff.init(key, config), jax.random.key(0))
+    zeros = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), tree)
+    blank = perturbdiff_blank(config)
+    count = sum(tensor.size for name, tensor in blank.items() if name.startswith("model."))
+    assert round(count / 1e6, 1) == millions
+    state = {name: np.broadcast_to(np.float32(0), tensor.shape) for name, tensor in blank.items()}
+    assert config_from_torch(state) == config
+    if config.n_spaces == 1:  # else parameters are stacks of what the tensors hold, which takes memory
+        params = params_from_torch(state, config)
+        assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, zeros)
+
+
+def perturbdiff_blank(config):
+    blank = Blank(as_marks=True)
+    spaces = FAMILIES if config.n_spaces > 1 else ()
+    Reader(blank, config).network(spaces)
+    return blank
+
+
+@pytest.mark.slow
+def test_published_numbers_come_back():
+    config, _ = PUBLISHED["2000 genes"]
+    rng = np.random.default_rng(0)
+    tree = jax.eval_shape(lambda key: perturbdiff.init(key, config), jax.random.key(0))
+    params = jax.tree.map(lambda leaf: rng.random(leaf.shape, np.float32), tree)
+    back = params_from_torch(params_to_torch(params, config), config)
+    assert all(map(np.array_equal, jax.tree.leaves(back), jax.tree.leaves(params)))
 
 
 def test_where_tensors_go():

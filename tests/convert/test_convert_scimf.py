@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from scjax.convert.scimf import config_from_torch, params_from_torch
+from scjax.convert.scimf import config_from_torch, left_over, params_from_torch, params_to_torch
 from scjax.models import scimf
 
 CONFIGS = {
@@ -92,6 +92,52 @@ def test_there_and_back(config):
     assert set(back) == set(state)
     for name, value in state.items():
         np.testing.assert_array_equal(back[name], value)
+
+
+@each
+def test_the_way_back_is_that_of_the_table(config):
+    """Bit for bit, also of what is no parameter; held against the table above, which is written by hand."""
+    state = state_of(config)
+    params = params_from_torch(state, config)
+    by_hand = to_torch(params, config)
+    for back in (params_to_torch(params, config), params_to_torch(params, config, originals=left_over(state, config))):
+        assert {name: (v.shape, v.dtype) for name, v in back.items()} == {
+            n: (v.shape, v.dtype) for n, v in state.items()
+        }
+        for name, value in by_hand.items():
+            np.testing.assert_array_equal(back[name], value)
+    again = params_from_torch(params_to_torch(params, config), config)
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+
+
+def test_a_constant_that_the_original_lacked_is_not_made_up():
+    config = CONFIGS["default"]
+    state = state_of(config)
+    del state["diffusion.sigma"]
+    assert left_over(state, config) == {}
+    back = params_to_torch(params_from_torch(state, config), config, originals={})
+    assert set(back) == set(state)
+
+
+def test_what_the_reference_would_compute_otherwise_is_refused():
+    config = scimf.Config(n_dims=4, residual=True)
+    with pytest.raises(ValueError, match="residual=True is not what the reference would compute"):
+        params_to_torch({}, config)
+
+
+def test_parameters_that_do_not_fit_are_listed_at_once():
+    config = CONFIGS["default"]
+    params = params_from_torch(state_of(config), config)
+    params["drift"]["intrinsic"]["output"]["bias"] = np.zeros(7, np.float32)
+    del params["drift"]["interaction_0"]["query"]
+    params["more"] = np.zeros(3, np.float32)
+    with pytest.raises(ValueError, match="the parameters do not fit the config") as caught:
+        params_to_torch(params, config)
+    assert {line.strip() for line in str(caught.value).splitlines()[1:]} == {
+        "['drift']['intrinsic']['output']['bias'] has the shape (7,); wanted (4,)",
+        "['drift']['interaction_0']['query']['kernel'] is missing; wanted the shape (4, 4)",
+        "['more'] (3,) has no place in this config",
+    }
 
 
 @each

@@ -1,12 +1,14 @@
 """State dicts of PyTorch programs: every tensor has its name, its shape and numbers, or nothing is converted."""
 
 import importlib
+import json
 
 import numpy as np
 import pytest
 from hypothesis import strategies as st
 from malformed import DEEP, fuzz, words
 
+from scjax import convert
 from scjax.convert import perturbdiff, scdfm, scimf
 
 NAMES = ("scimf", "scdfm", "perturbdiff")
@@ -135,3 +137,38 @@ def _is_another_model(name, state):
 def test_what_is_right_is_converted(name):
     config, state = WHOLE[name]
     assert CONVERTERS[name].params_from_torch(state, config)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A small file of weights of each kind, as bytes by the end of its name."""
+    folder, state = tmp_path_factory.mktemp("files"), {"a.weight": np.ones((2, 3), np.float32), "b": np.arange(3)}
+    np.savez(folder / "w.npz", **state)
+    header = {"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
+    text = json.dumps(header).encode()
+    (folder / "w.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+    found = {path.suffix: path.read_bytes() for path in folder.iterdir()}
+    return found, folder
+
+
+@pytest.mark.parametrize("n", [150, pytest.param(1500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_files_of_weights(files, suffix, n):
+    """Some bytes are others, or are gone: what is read is refused as a wrong file is, or is a dict of arrays."""
+    whole, path = files[0][suffix], files[1] / f"damaged{suffix}"
+
+    def damaged(draw_from):
+        changes, keep = draw_from
+        data = bytearray(whole)
+        for place, value in changes:
+            data[place % len(data)] = value
+        return bytes(data[: len(data) - keep])
+
+    def read(case):
+        path.write_bytes(damaged(case))
+        found = convert.read_torch(path)
+        assert all(isinstance(value, np.ndarray) for value in found.values())
+        raise ValueError("the change was of a number, or of nothing that is read")
+
+    changes = st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), min_size=1, max_size=3)
+    fuzz(n, st.tuples(changes, st.sampled_from([0, 0, 0, 1, 7])), read)
