@@ -197,7 +197,8 @@ def scores(title, experiment, adata, folder: Path, seeds, model: str):
 
 def summary(table) -> dict:
     """By kind of population, row and metric: [mean over populations and seeds, standard deviation over seeds or None,
-    number of populations that have a value]."""
+    number of populations that have a value].
+    """
     seen = {part for name in table.provenance["split"]["train"] for part in name[0]}
     kinds: dict[str, list[int]] = {"all": list(range(len(table.populations)))}
     for i, population in enumerate(table.populations):
