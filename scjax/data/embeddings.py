@@ -8,6 +8,7 @@ Weights of networks are not read here: bring the vectors that they made.
 """
 
 import difflib
+import zipfile
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -148,7 +149,8 @@ def attach(adata: AnnData, table: Mapping[str, Any], spec: DataSpec, *, every: b
     import pandas as pd
 
     # A DataFrame can be written to .h5ad whatever the names hold.
-    adata.uns[spec.vectors] = pd.DataFrame(np.stack(list(table.values())), index=list(table))
+    values = np.stack(list(table.values()))
+    adata.uns[spec.vectors] = pd.DataFrame(values, index=list(table), columns=[f"v{i}" for i in range(values.shape[1])])
 
 
 def morgan(
@@ -241,6 +243,8 @@ def _of_text(path: Path, at: str) -> tuple[list[str], Any]:
             raise ValueError(f"names must name a molecule once; {_some(list(map(repr, repeated)))} are repeated.")
         found = morgan(dict(zip(names, map(str, frame.iloc[:, 1]), strict=True)))
         return list(found), list(found.values())
+    if frame.empty:
+        return names, []
     words = [str(name) for name in frame.columns[1:] if not pd.api.types.is_numeric_dtype(frame[name])]
     if words:
         first = next(str(v) for v in frame[words[0]] if not _is_number(v))
@@ -261,9 +265,9 @@ def _is_number(value: Any) -> bool:
 
 def _of_npz(path: Path, at: str) -> tuple[list[str], Any]:
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             arrays = dict(stored)
-    except (OSError, EOFError, ValueError) as err:
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as err:
         raise ValueError(f"is no .npz of plain arrays ({err}).") from err
     if set(arrays) == {"names", "vectors"}:
         names, vectors = arrays["names"], arrays["vectors"]

@@ -608,13 +608,14 @@ class _Covariates:
         self.roles = perturbdiff.roles(trained.config)
         self.replaced: dict[str, str] = {}
         self.conditions = list(trained.names.perturbation)
-        self.brought = dict(vectors)
+        self.brought = vectors
+        self.known_table = dict(vectors)
         self.vectors: dict[str, Any] = {}
         self.table = None
         if trained.config.perturbation == "vector":
             self.table = list(np.asarray(trained.constants.perturbation_vectors))
             self.vectors = dict(zip(self.conditions, self.table, strict=True))
-            self.brought |= trained.spec.table_of(self.vectors)
+            self.known_table |= trained.spec.table_of(self.vectors)
 
     def admit(self, population: Population) -> None:
         """Refuses a condition that the model cannot be asked for; all of it is known afterwards."""
@@ -664,8 +665,11 @@ class _Covariates:
     def _find_vector(self, name: str, parts: tuple[str, ...]) -> None:
         """The condition's own vector, or those of its parts, pooled; none where on_unknown has something to say."""
         spec = self.trained.spec
-        own = spec.vectors_of([name], self.brought) if spec.vector_dose == "name" or len(parts) == 1 else {}
-        of_parts = {**spec.vectors_of(parts, self.brought), **{p: self.vectors[p] for p in parts if p in self.vectors}}
+        own = spec.vectors_of([name], self.known_table) if spec.vector_dose == "name" or len(parts) == 1 else {}
+        of_parts = {
+            **spec.vectors_of(parts, self.known_table),
+            **{p: self.vectors[p] for p in parts if p in self.vectors},
+        }
         if name in own:
             self.vectors[name] = own[name]
         elif all(part in of_parts for part in parts):

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from scjax.config import from_dict, to_dict
 from scjax.data.conditions import dosed_vector, undosed_vector
 from scjax.data.embeddings import attach, check_table, morgan, read_table
 from scjax.data.spec import DataSpec
@@ -171,20 +172,20 @@ def test_doses_need_no_vector_of_their_own(how):
     again = spec.table_of(told)
     for name, vector in table.items():
         np.testing.assert_allclose(again[name], vector, rtol=1e-6)
+    adata.uns["embedding"] = {"J": [1.0, 2.0]}
     with pytest.raises(ValueError, match=r"none for 1 perturbations \('K'\)"):
-        adata.uns["embedding"] = {"J": [1.0, 2.0]}
         spec.check(adata)
 
 
 def test_settings_of_doses_and_pooling():
     with pytest.raises(ValueError, match="joins doses to vectors: name the obs column of dose"):
         replace(SPEC, vector_dose="append")
-    with pytest.raises(ValueError, match="vector_dose must be one of"):
-        replace(SPEC, dose="dose", vector_dose="times")
+    with pytest.raises(ValueError, match="vector_dose must be one of 'name', 'append', 'product'; got 'times'"):
+        from_dict(DataSpec, to_dict(SPEC) | {"dose": "dose", "vector_dose": "times"})
     with pytest.raises(ValueError, match="dose_unit must be a positive number"):
         replace(SPEC, dose="dose", vector_dose="append", dose_unit=0.0)
     with pytest.raises(ValueError, match="pooling must be one of 'mean', 'sum'"):
-        replace(SPEC, pooling="max")
+        from_dict(DataSpec, to_dict(SPEC) | {"pooling": "max"})
     a, b = np.array([1.0, 2.0]), np.array([3.0, 5.0])
     np.testing.assert_array_equal(SPEC.pooled([a, b]), [2, 3.5])
     np.testing.assert_array_equal(replace(SPEC, pooling="sum").pooled([b, a]), [4, 7])
