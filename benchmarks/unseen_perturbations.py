@@ -33,6 +33,7 @@ import harness
 import numpy as np
 
 from scjax.data import datasets
+from scjax.data.embeddings import attach
 from scjax.data.preprocess import Preprocess
 from scjax.data.splits import HoldOutConditions, UnseenSingles
 from scjax.experiment import evaluate, train
@@ -102,8 +103,8 @@ def main() -> None:
         parser.error("the other screen has nine of Norman's 31 genes; take --vectors names")
 
     adata = datasets.norman2019() if args.data == "norman" else datasets.mcfaline2023()
-    adata.uns["vectors"] = by_name() if args.vectors == "names" else by_screen()
     experiment = experiment_of(args.data, args.model, args.draw, args.n_steps)
+    attach(adata, by_name() if args.vectors == "names" else by_screen(), experiment.spec)
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     title = f"{TITLES[args.model]}, {args.data}, vectors of {args.vectors}, draw {args.draw}"
     with tempfile.TemporaryDirectory() as folder:

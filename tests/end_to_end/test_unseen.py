@@ -199,6 +199,7 @@ def test_the_way_of_a_table(tmp_path, monkeypatch, capsys):
     tiny_perturbation.make_adata().write_h5ad("cells.h5ad")
     experiment = replace(
         tiny_perturbation.EXPERIMENT,
+        model=replace(tiny_perturbation.EXPERIMENT.model, fusion="differential_transformer", gamma=0.0),
         split=HoldOutConditions(conditions=("g0", "g0+g1", "g0+z")),
         n_steps=5,
         checkpoint_every=5,
