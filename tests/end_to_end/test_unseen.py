@@ -11,7 +11,7 @@ import tiny_cellsets
 import tiny_perturbation
 from test_cli import refused
 
-from scjax.cli import main
+from scjax.cli import _again, main
 from scjax.config import to_json
 from scjax.data.conditions import dosed_vector
 from scjax.data.embeddings import attach
@@ -232,6 +232,11 @@ def test_the_way_of_a_table(tmp_path, monkeypatch, capsys):
     (ridge,) = [row for row in table["rows"] if row["name"] == "ridge"]
     assert "on the vectors of the parts" in ridge["note"]
     assert "adata.uns; 'vectors' is not one" in refused(capsys, *evaluation)
+
+
+def test_an_interrupted_training_goes_on_with_its_table():
+    given = ["train", "--preset", "scdfm/kang", "--vectors", "a table.csv", "--data", "x.h5ad", "--out", "run"]
+    assert _again(given) == "scjax train --resume --out run --data x.h5ad --vectors 'a table.csv'"
 
 
 def test_a_run_without_vectors_takes_no_table(tmp_path, monkeypatch, capsys, perturbation_run):
