@@ -75,6 +75,8 @@ class Train:
         resume: continue the run in `out`, with the same data; its settings are read from there unless given.
         step: of the checkpoint to resume from; the newest if left out.
         verbose: print all settings first.
+        vectors: a table of external vectors of the perturbations (.csv, .tsv, .npz, .h5ad, .parquet; or names and
+            SMILES), for --model.perturbation vector; put where spec.vectors looks for it.
         keep: newest checkpoints that stay.
         devices: of this machine, that share each step; one if left out. With several processes all devices of all.
         shard_above: spread parameters and optimiser states of so many entries or more over the devices.
@@ -97,6 +99,7 @@ class Train:
     resume: bool = False
     step: int | None = None
     verbose: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    vectors: Path | None = None
     keep: int = 3
     devices: int | None = None
     shard_above: int | None = None
@@ -118,12 +121,13 @@ class Train:
             self.announce()
         on_disk = _stays_on_disk(self.data, self.on_disk, self.in_memory)
         adata = hosts.together(lambda: _read_data(self.data, self.experiment.kind, on_disk=on_disk), "Reading the data")
+        _attach(adata, self.vectors, self.experiment.spec)
         bar = Progress(self.experiment.cells_per_step, force=True)
         options = {"keep": self.keep, "mesh": shared, "shard_above": self.shard_above}
         done = train(self.experiment, adata, self.out, resume=self.resume, step=self.step, hooks=[bar], **options)
         if not first:
             return
-        lines = _next_commands(self.experiment, done, self.out, self.data)
+        lines = _next_commands(self.experiment, done, self.out, self.data, self.vectors)
         print(f"{int(done.state.step)} steps; the run is in {self.out}.{' Next:' if lines else ''}")
         for line in lines:
             print(f"  {line}")
@@ -160,6 +164,7 @@ class Predict:
         conditions: what to do to the cells, A or A+B, in any order; they need not have been observed.
         contexts: the values of the covariates, joined by " | ", to do it in; all that have controls if left out.
         on_unknown: what stands for a condition that training never saw.
+        vectors: a table of external vectors, as for `scjax train`, for perturbations that training never saw.
         n_steps: of the solver or the sampler; the run's own if left out, as for all that follow.
         guidance: above 1 exaggerates what the condition does.
         zero_below: generated expression below it is set to zero.
@@ -186,6 +191,7 @@ class Predict:
     conditions: tuple[str, ...] = ()
     contexts: tuple[str, ...] = ()
     on_unknown: Literal["error", "mean", "nearest"] = "error"
+    vectors: Path | None = None
     n_steps: int | None = None
     guidance: float | None = None
     zero_below: float | None = None
@@ -210,6 +216,7 @@ class Predict:
         _announce(told, self.verbose, self, trained.about["experiment"])
         on_disk = _stays_on_disk(self.data, self.on_disk, self.in_memory)
         adata = _read_data(self.data, kind, trained.about, on_disk=on_disk)
+        _attach(adata, self.vectors, trained.spec, every=False)
         if self.velocity:
             made = predicting_velocity(trained, adata)
         elif kind == "TimeSeriesExperiment":
@@ -221,6 +228,8 @@ class Predict:
             made = predict.predicting(trained, adata, self.conditions, **given)
             for name, stand_in in json.loads(made.uns["scjax"]["replaced"]).items():
                 print(f"{name} was in no training population; in its place: {stand_in}")
+            for name, told in json.loads(made.uns["scjax"]["unseen"]).items():
+                print(f"{name}: {told}")
         written = made.write(self.out)
         print(f"{written.n_obs} cells x {written.n_vars} genes from step {trained.step} written to {self.out}")
 
@@ -231,9 +240,11 @@ class Predict:
             "PerturbationExperiment": ("perturbations", "--conditions", _OPTIONS["PerturbationExperiment"]),
             "CellSetExperiment": ("cell sets", "--conditions", _OPTIONS["CellSetExperiment"]),
         }
-        all_options = {"conditions", "contexts", "on_unknown", *_HOW}.union(*(names for *_, names in of_kind.values()))
+        all_options = {"conditions", "contexts", "on_unknown", "vectors", *_HOW}.union(
+            *(names for *_, names in of_kind.values())
+        )
         title, wants, allowed = of_kind[kind]
-        allowed = {*allowed, *(() if is_series else ("conditions", "contexts", "on_unknown", *_HOW))}
+        allowed = {*allowed, *(() if is_series else ("conditions", "contexts", "on_unknown", "vectors", *_HOW))}
         wrong = [
             f.name
             for f in dataclasses.fields(self)
@@ -296,6 +307,7 @@ class Evaluate:
         seed: of the draws, and of the predictions of runs.
         step: runs: of the checkpoints; the newest of each run if left out.
         on_unknown: runs on perturbations, cell sets: what stands for a condition that training never saw.
+        vectors: runs on perturbations, cell sets: the table of external vectors that they were trained with.
         verbose: print all settings of the runs, or all options, first.
     """
 
@@ -322,6 +334,7 @@ class Evaluate:
     seed: int = 0
     step: int | None = None
     on_unknown: Literal["error", "mean", "nearest"] = "error"
+    vectors: Path | None = None
     verbose: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
     def execute(self) -> None:
@@ -381,6 +394,7 @@ class Evaluate:
         _announce(f"evaluate {told}", self.verbose, self, {name: to_dict(settings[name]) for name in runs})
         first = next(iter(runs))
         adata = _read_data(self.data, settings[first].kind, _about(runs[first][0]))
+        _attach(adata, self.vectors, settings[first].spec)
         draws = {"n_cells": self.n_cells, "n_draws": self.n_draws, "seed": self.seed}
         return evaluate(runs, adata, step=self.step, keep=keep, **draws, **more), list(runs)
 
@@ -431,7 +445,7 @@ class Evaluate:
         return tables, list(files)
 
 
-_OF_RUNS = ("data", "step", "on_unknown")
+_OF_RUNS = ("data", "step", "on_unknown", "vectors")
 _OF_FILES = ("real", "space", "expression", "perturbation", "control", "contexts", "time", "predicted_spec", "genes")
 _OF_FILES += ("allow", "split", "training", "n_components")
 
@@ -658,8 +672,11 @@ def _again(arguments: list[str]) -> str:
         given = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         given.add_argument("--out")
         given.add_argument("--data", action="append", default=[])
+        given.add_argument("--vectors")
         seen, _ = given.parse_known_args(arguments[1:])
-        arguments = ["train", "--resume", "--out", seen.out, *(word for one in seen.data for word in ("--data", one))]
+        vectors = ["--vectors", seen.vectors] if seen.vectors else []
+        data = [word for one in seen.data for word in ("--data", one)]
+        arguments = ["train", "--resume", "--out", seen.out, *data, *vectors]
     return shlex.join(["scjax", *arguments]) if arguments[:1] in (["train"], ["bench"]) else ""
 
 
@@ -687,7 +704,7 @@ def _parse_train(arguments: list[str]) -> Train:
     from scjax import presets
 
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("--preset", "--config", "--out"):
+    for name in ("--preset", "--config", "--out", "--vectors"):
         peek.add_argument(name, nargs="?")
     peek.add_argument("--set", action="append", nargs="?", default=[])
     for name in ("--resume", "--help", "-h"):
@@ -707,7 +724,10 @@ def _parse_train(arguments: list[str]) -> Train:
             "`scjax show NAME` prints one, `scjax train --help` the options."
         )
     # All at once: the fields of another kind of split are only whole together.
-    chosen = override(experiment, _assignments("set", [a for a in seen.set if a is not None], "model.n_heads=1"))
+    given = _assignments("set", [a for a in seen.set if a is not None], "model.n_heads=1")
+    if seen.vectors and experiment.spec.vectors is None:
+        given.setdefault("spec.vectors", "vectors")
+    chosen = override(experiment, given)
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Chosen(Train):
@@ -828,7 +848,9 @@ def _shown_split(split: dict[str, Any]) -> list[str]:
     return [f"  {what} {shown(populations)}" for what, populations in told.items() if populations]
 
 
-def _next_commands(experiment: Experiment, done: Any, out: Path, data: Sequence[str]) -> list[str]:
+def _next_commands(
+    experiment: Experiment, done: Any, out: Path, data: Sequence[str], vectors: Path | None
+) -> list[str]:
     data = [shlex.quote(one) for one in data]
     split = done.data.split
     series = hasattr(split, "held_out")
@@ -839,7 +861,7 @@ def _next_commands(experiment: Experiment, done: Any, out: Path, data: Sequence[
         if not (experiment.spec.is_unperturbed or experiment.sampling.include_control):
             return []
         return [f"scjax predict --run {out} --data {data[0]} --conditions {control} --out predicted.h5ad"]
-    data = " --data ".join(data)
+    data = " --data ".join(data) + (f" --vectors {shlex.quote(str(vectors))}" if vectors is not None else "")
     if held_out:
         commands.append(f"scjax evaluate --runs {out} --data {data} --out evaluation.json")
     if series:
@@ -916,6 +938,19 @@ def _read(path: Path | list[Path], on_disk: bool = False) -> Any:
         raise
     except Exception as err:  # whatever anndata says about an element that it cannot read; the note names the file
         raise ValueError(f"{err} {' '.join(getattr(err, '__notes__', ()))}") from err
+
+
+def _attach(adata: Any, vectors: Path | None, spec: Any, *, every: bool = True) -> None:
+    from scjax.data import embeddings
+
+    if vectors is None:
+        return
+    if spec.vectors is None:
+        raise ValueError(f"--vectors {vectors}: this run knows of no external vectors (spec.vectors=None).")
+    table = embeddings.read_table(vectors, separator=spec.separator, control=spec.control_names)
+    several = isinstance(adata, list)  # of cell sets, whose columns only joining completes
+    for one in [one for _, one in adata] if several else [adata]:
+        embeddings.attach(one, table, spec, every=every and not several)
 
 
 def _check_out(out: Path, suffix: str) -> None:

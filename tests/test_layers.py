@@ -52,11 +52,13 @@ HOMES = {
     "tyro": {"cli"},
     "torch": {"convert"},
     "pyarrow": {"experiment"},  # not installed everywhere
+    "rdkit": {"data"},
 }
 EVERYWHERE = {"jax", "jaxtyping", "numpy"}
 # Costly to load, or not installed everywhere: inside the function that needs it, so that importing scjax stays free.
 LAZY = {
     "torch",
+    "rdkit",
     "ot",
     "ott",
     "orbax",

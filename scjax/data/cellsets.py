@@ -172,7 +172,7 @@ class CellSetData:
         unmatched: how many perturbed cells have no control of their own context, by what stands in: "same batch" (of
             another cell type), "same cell type" (of another batch).
         vectors: float32[perturbations, features], external vectors in the order of `names.perturbation`: that of the
-            condition, else the mean of its parts'; the control's is the mean of all others unless given.
+            condition, else those of its parts, pooled; the control's is the mean of all others unless given.
         cell_type_vectors: float32[cell types, features], in the order of `names.cell_type`.
     """
 
@@ -619,17 +619,18 @@ def _report_unmatched(
 
 
 def _perturbation_vectors(spec: DataSpec, adata: AnnData, conditions: tuple[str, ...]) -> np.ndarray | None:
-    vectors = spec.read_vectors(adata)
-    if not vectors:
+    table = spec.read_vectors(adata)
+    if not table:
         return None
-    table = {
-        name: vectors[name] if name in vectors else np.mean([vectors[part] for part in name.split("+")], axis=0)
-        for name in conditions
-        if name != CONTROL
-    }
-    given = next((vectors[name] for name in spec.control_names if name in vectors), None)
-    table[CONTROL] = np.mean([*(table.values() or vectors.values())], axis=0) if given is None else given
-    return np.stack([table[name] for name in conditions]).astype(np.float32)
+    perturbed = [name for name in conditions if name != CONTROL]
+    vectors = spec.vectors_of(perturbed, table) if spec.vector_dose == "name" else {}
+    parts = spec.vectors_of({part for name in perturbed for part in name.split("+")}, table)
+    vectors |= {name: spec.pooled([parts[p] for p in name.split("+")]) for name in perturbed if name not in vectors}
+    control = spec.control_vector(table)
+    if control is None:
+        control = np.mean([*(vectors.values() or map(spec.at_no_dose, table.values()))], axis=0)
+    vectors[CONTROL] = control
+    return np.stack([vectors[name] for name in conditions]).astype(np.float32)
 
 
 def _cell_type_vectors(spec: DataSpec, adata: AnnData, cell_types: tuple[str, ...]) -> np.ndarray | None:

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from scjax.check import column, one_of, suggestion
 from scjax.types import Population
@@ -15,21 +15,27 @@ __all__ = [
     "CellKinds",
     "EmbeddingKind",
     "OnUnknown",
+    "Pooling",
     "Resolved",
+    "VectorDose",
     "as_columns",
     "canonical",
     "canonical_parts",
     "dose_of",
+    "dosed_vector",
     "known_names",
     "read_kinds",
     "resolve_unknown",
     "trained_names",
+    "undosed_vector",
     "with_dose",
 ]
 
 CONTROL = "control"  # the one name of the control in ids and tables, whatever the data call it
 EmbeddingKind: TypeAlias = Literal["gene", "table", "vector"]
 OnUnknown: TypeAlias = Literal["error", "mean", "nearest"]
+VectorDose: TypeAlias = Literal["name", "append", "product"]
+Pooling: TypeAlias = Literal["mean", "sum"]
 
 _JOIN = "+"  # of canonical names, whatever the separator of the data is
 _JOIN_CONTEXT = " | "  # of the covariates' values
@@ -79,6 +85,25 @@ def dose_of(name: str) -> tuple[str, float | None]:
     except ValueError:
         return name, None
     return (drug, dose) if at and drug and math.isfinite(dose) else (name, None)
+
+
+def dosed_vector(
+    vector: Float[np.ndarray, " features"], dose: float, how: VectorDose, unit: float
+) -> Float[np.ndarray, " features1"]:
+    """The vector of a drug at a dose, with s = log(1 + dose / unit): [v, s] ("append") or [s v, s] ("product").
+
+    s grows in proportion to doses far below the unit and by their logarithm far above it. With "product" the vector
+    tends to that of nothing as the dose tends to zero, and twice the dose is not another drug.
+    """
+    one_of("how", how, ("append", "product"))
+    s = math.log1p(dose / unit)
+    return np.append(vector * s if how == "product" else vector, s).astype(vector.dtype)
+
+
+def undosed_vector(vector: Float[np.ndarray, " features1"], how: VectorDose) -> Float[np.ndarray, " features"]:
+    """The drug's own vector in what `dosed_vector` made of it, the dose above 0."""
+    one_of("how", how, ("append", "product"))
+    return vector[:-1] / vector[-1] if how == "product" else vector[:-1]
 
 
 def trained_names(populations: Iterable[Population]) -> tuple[str, ...]:

@@ -474,17 +474,18 @@ def _zero_vectors(e: Evidence) -> Iterator[_Seen]:
     """External vectors that are all zero, or the same for two perturbations: unknown ones that pass for known."""
     if not e.is_perturbed or e.spec.vectors is None:
         return
-    vectors = e.spec.read_vectors(e.adata)
     test, train = trained_names(e.parts["test"]), set(trained_names(e.parts["train"]))
+    vectors = e.spec.vectors_of({*test, *train}, e.spec.read_vectors(e.adata))
+    own = {n: v if e.spec.vector_dose == "name" else v[:-1] for n, v in vectors.items()}  # a dose is never zero
     mend = f"Correct uns[{e.spec.vectors!r}], or hold out nothing that has no vector (on_unknown says what to do)."
     for names, severity in ((set(test), "error"), (train - set(test), "warning")):
-        zero = sorted(n for n in names if n in vectors and not np.any(vectors[n]))
+        zero = sorted(n for n in names if n in vectors and not np.any(own[n]))
         if zero:
             part = "held-out" if severity == "error" else "training"
             yield severity, f"{_number(len(zero), f'{part} perturbation')} with a vector of zeros: {_some(zero)}.", mend
     same: dict[bytes, list[str]] = defaultdict(list)
     for name in sorted({*test, *train}):
-        if name in vectors and np.any(vectors[name]):
+        if name in vectors and np.any(own[name]):
             same[vectors[name].tobytes()].append(name)
     twins = ["=".join(names) for names in same.values() if len(names) > 1 and set(test) & set(names)]
     if twins:

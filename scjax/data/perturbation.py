@@ -140,10 +140,10 @@ def unseen_axis(population: Population, split: PerturbationSplit) -> str:
 
 
 def _vector_table(spec: DataSpec, adata: AnnData, vocabulary: Vocabulary) -> np.ndarray | None:
-    vectors = spec.read_vectors(adata)
-    if not vectors:
+    table = spec.read_vectors(adata)
+    if not table:
         return None
-    control = next((vectors[name] for name in spec.control_names if name in vectors), None)
-    zero = np.zeros_like(next(iter(vectors.values())))
-    table = {CONTROL: zero if control is None else control}
-    return np.stack([table[n] if n in table else vectors[n] for n in vocabulary.perturbations]).astype(np.float32)
+    names = [name for name in vocabulary.perturbations if name != CONTROL]
+    vectors, control = spec.vectors_of(names, table), spec.control_vector(table)
+    vectors[CONTROL] = np.zeros_like(next(iter(vectors.values()))) if control is None else control
+    return np.stack([vectors[name] for name in vocabulary.perturbations]).astype(np.float32)

@@ -3,20 +3,24 @@
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from scjax.check import column, one_of, suggestion
+from scjax.check import column, one_of, positive, suggestion
 from scjax.data.conditions import (
     CONTROL,
     CellKinds,
+    Pooling,
+    VectorDose,
     as_columns,
     canonical,
     canonical_parts,
     dose_of,
+    dosed_vector,
     read_kinds,
+    undosed_vector,
     with_dose,
 )
 from scjax.data.disk import DiskMatrix, as_sliceable, cells_at_once
@@ -51,7 +55,13 @@ class DataSpec:
         covariates: the obs columns (cell type, line, batch) within whose combinations controls are matched, and whose
             values make the contexts of populations.
         vectors: the key of adata.uns that holds an external vector for each perturbation: a DataFrame with a row a
-            name, or a dict. A dose is part of the name.
+            name, or a dict; `data.embeddings` reads them from files.
+        vector_dose: what a dose is to these vectors: "name", a part of the name, so that each dose has a vector of its
+            own; "append" or "product", a number: the table is of drugs without doses, and the drug's vector v becomes
+            [v, s] or [s v, s] with s = log(1 + dose / dose_unit). Then any dose can be asked for.
+        dose_unit: the dose, in the unit of the column, below which s is about proportional to it.
+        pooling: of the vectors of a combination's parts, where it has none of its own: "mean", "sum". It is what cell
+            sets (PerturbDiff) are given; scDFM embeds each part, and takes the mean of these in its slots.
         cell_type_vectors: the key of adata.uns that holds an external vector for each cell type, of the same form.
     """
 
@@ -66,6 +76,9 @@ class DataSpec:
     dose: str | tuple[str, ...] | None = None
     covariates: tuple[str, ...] = ()
     vectors: str | None = None
+    vector_dose: VectorDose = "name"
+    dose_unit: float = 1.0
+    pooling: Pooling = "mean"
     cell_type_vectors: str | None = None
 
     def __post_init__(self):
@@ -85,6 +98,14 @@ class DataSpec:
             given = [role for role in roles if getattr(self, role)]
             if given:
                 raise ValueError(f"{', '.join(given)} belong to perturbations, but perturbation=None names no column.")
+        one_of("vector_dose", self.vector_dose, get_args(VectorDose))
+        one_of("pooling", self.pooling, get_args(Pooling))
+        positive("dose_unit", self.dose_unit)
+        if self.vector_dose != "name" and (self.dose is None or self.vectors is None):
+            raise ValueError(
+                f"vector_dose={self.vector_dose!r} joins doses to vectors: name the obs column of dose and the key of "
+                f"vectors; got dose={self.dose!r}, vectors={self.vectors!r}."
+            )
         if not self.separator.strip():
             raise ValueError(f"separator must be a visible sign between names; got {self.separator!r}.")
         if not self.control_names or any(not c.strip() or self.separator in c or "+" in c for c in self.control_names):
@@ -191,7 +212,8 @@ class DataSpec:
         return {context: np.sort(np.concatenate(found[context])) for context in sorted(found)}
 
     def read_vectors(self, adata: AnnData) -> dict[str, Float[np.ndarray, " features"]]:
-        """The external vectors by name, also of names that do not occur; {} where the spec names none.
+        """The external vectors by name, also of names that do not occur; {} where the spec names none. They are as
+        they stand in the table: `vectors_of` gives what a model is told.
 
         Raises:
             ValueError: no such key, no table of numbers, unequal lengths, NaN.
@@ -205,6 +227,44 @@ class DataSpec:
         if self.cell_type_vectors is None:
             return {}
         return _vectors(self.cell_type_vectors, _uns("cell_type_vectors", self.cell_type_vectors, adata), "cell_type")
+
+    def vectors_of(self, names: Iterable[str], table: Mapping[str, Any]) -> dict[str, Float[np.ndarray, " features"]]:
+        """What a model is told of each of these names (parts of conditions, doses in them) of which `table` has the
+        vector; the others are left out.
+        """
+        if self.vector_dose == "name":
+            return {name: np.asarray(table[name]) for name in names if name in table}
+        found = {}
+        for name in names:
+            drug, dose = dose_of(name)
+            if dose is not None and drug in table:
+                found[name] = dosed_vector(np.asarray(table[drug]), dose, self.vector_dose, self.dose_unit)
+        return found
+
+    def table_of(self, vectors: Mapping[str, Any]) -> dict[str, Float[np.ndarray, " features"]]:
+        """The table that `vectors_of` made these from: of a drug at several doses the first counts."""
+        if self.vector_dose == "name":
+            return {name: np.asarray(vector) for name, vector in vectors.items()}
+        found = {}
+        for name, vector in vectors.items():
+            drug, dose = dose_of(name)
+            if dose is not None and "+" not in name and drug not in found:
+                found[drug] = undosed_vector(np.asarray(vector), self.vector_dose)
+        return found
+
+    def control_vector(self, table: Mapping[str, Any]) -> Float[np.ndarray, " features"] | None:
+        """The control's own in the table, if it has one; at a dose of zero, where doses are numbers."""
+        given = next((np.asarray(table[name]) for name in self.control_names if name in table), None)
+        return None if given is None else self.at_no_dose(given)
+
+    def at_no_dose(self, vector: Float[np.ndarray, " features"]) -> Float[np.ndarray, " features1"]:
+        """A vector of the table at a dose of zero, where doses are numbers; else as it is."""
+        return vector if self.vector_dose == "name" else dosed_vector(vector, 0.0, self.vector_dose, self.dose_unit)
+
+    def pooled(self, vectors: Iterable[Any]) -> Float[np.ndarray, " features"]:
+        """The vector of a combination from those of its parts, in any order."""
+        stacked = np.stack([np.asarray(vector) for vector in vectors])
+        return stacked.mean(axis=0) if self.pooling == "mean" else stacked.sum(axis=0)
 
     def parse_condition(self, name: str) -> tuple[str, ...]:
         """The parts of a condition as a user writes it (`B+A`, `ctrl+A`, `JQ1@0.50`), as `Population` has them.
@@ -435,7 +495,10 @@ def _vector_problems(spec: DataSpec, adata: AnnData, names: Iterable[str]) -> It
     except ValueError as err:
         yield str(err)
         return
-    lacking = sorted(set(names) - set(vectors))
+    lacking = set(names) - set(spec.vectors_of(names, vectors))
+    if spec.vector_dose != "name":
+        lacking = {dose_of(name)[0] for name in lacking}
+    lacking = sorted(lacking)
     if spec.vectors is not None and lacking:
         yield (
             f"vectors: adata.uns[{spec.vectors!r}] has none for {len(lacking)} perturbations "

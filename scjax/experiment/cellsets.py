@@ -188,6 +188,11 @@ class CellSetExperiment:
             raise ValueError(
                 f"model.n_doses={self.model.n_doses} needs spec.dose, the obs column of doses; it is None."
             )
+        if self.model.n_doses is not None and self.spec.vector_dose != "name":
+            raise ValueError(
+                f"model.n_doses={self.model.n_doses} has an entry for each trained dose, and spec.vector_dose="
+                f"{self.spec.vector_dose!r} makes doses numbers, of which any may be asked for; set model.n_doses=None."
+            )
 
     @property
     def cells_per_step(self) -> int:

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from scjax.check import at_least, column, one_of, suggestion
+from scjax.data.conditions import trained_names
 from scjax.data.leaks import check_split
 from scjax.data.preprocess import Preprocess, Transform, fit
 from scjax.data.source import read_anndata
@@ -458,6 +459,9 @@ def _population_tables(
     _transforms(truth, sides, fitted_on[:2], spec, None)  # nothing here depends on which cells they are
     training = pseudobulks(_Lazily(truth, rows))
     observed = {p: truth.cells(r) for p, r in test_rows.items()}
+    vectors = None
+    if truth.vectors is not None:
+        vectors = spec.vectors_of(trained_names([*rows, *test]), truth.vectors) or None
     known = PerturbationSplit(rule=HoldOutNone(), train=tuple(sorted(rows)), validation=(), test=tuple(test))
     unseen, titles = by_unseen_axis(test, known, "predicted populations")
     contexts = {p.context for p in test}
@@ -485,14 +489,14 @@ def _population_tables(
             metrics,
             n_cells=n_cells,
             **draws,
-            vectors=truth.vectors,
+            vectors=vectors,
             gene_names=truth.features,
             provenance=about,
         )
         tables.append(table)
         if keep is not None:
             firsts = {name: row[0] for name, row in cells.items()}
-            keep.append(perturbation_evidence(table, firsts, training, observed, truth.features, vectors=truth.vectors))
+            keep.append(perturbation_evidence(table, firsts, training, observed, truth.features, vectors=vectors))
     return tables
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from scjax.config import to_dict
-from scjax.data.conditions import OnUnknown
+from scjax.data.conditions import OnUnknown, trained_names
 from scjax.data.perturbation import unseen_axis
 from scjax.data.spec import AnnData
 from scjax.data.splits import PerturbationSplit
@@ -79,6 +79,8 @@ def population_tables(
     lacking = [context for context in contexts if Population((), context) not in training]
     if lacking:
         training |= {Population((), c): s.x[:] for c, s in work.read_sources(first, adata, lacking).items()}
+    if vectors is not None:  # what the models are told of the names that occur
+        vectors = first.spec.vectors_of(trained_names([*training, *test]), vectors) or None
     unseen, titles = by_unseen_axis(test, split, "held-out populations")
     n_controls = sum(len(x) for p, x in training.items() if p.is_control and p.context in contexts)
     tables = [

@@ -17,7 +17,7 @@ from scjax.check import at_least, finite, non_negative, one_of, suggestion
 from scjax.checkpoint import Checkpoint
 from scjax.config import from_dict
 from scjax.data.cellsets import CovariateNames, read_control_cells
-from scjax.data.conditions import CONTROL, OnUnknown, resolve_unknown
+from scjax.data.conditions import CONTROL, OnUnknown, resolve_unknown, trained_names
 from scjax.data.disk import Subset, is_on_disk, stacked
 from scjax.data.expression import ModelCells
 from scjax.data.preprocess import Transform
@@ -26,7 +26,14 @@ from scjax.data.spec import AnnData, DataSpec
 from scjax.data.splits import PerturbationSplit
 from scjax.models import perturbdiff
 from scjax.predict.parts import Part, Prediction
-from scjax.predict.populations import asked_conditions, brought_vectors, cells_of, number_of
+from scjax.predict.populations import (
+    asked_conditions,
+    brought_vectors,
+    cells_of,
+    check_vectors,
+    number_of,
+    unseen_parts,
+)
 from scjax.predict.record import predicting_params, record
 from scjax.processes.diffusion import Spacing, Variance
 from scjax.types import Params, Population
@@ -277,7 +284,7 @@ def generate(
         generation: the run's own unless given.
         on_unknown: what stands for a perturbation that training never saw, see `data.conditions.resolve_unknown`; also
             for a cell type or a batch that was in no set of training, where the model has a table of them.
-        vectors: external vectors by name, besides those of training.
+        vectors: external vectors by name, besides those of training; as a table has them, see `DataSpec.vector_dose`.
         chunk: sets that are generated together: memory against speed.
 
     Raises:
@@ -413,11 +420,16 @@ def predicting(
         for population, made in cells():
             yield Part(made.x[:, genes], _obs(trained, population, sources[population.context], made, seed))
 
+    unseen: dict[str, str] = {}
+    if trained.config.perturbation == "vector":
+        known = trained_names(trained.split.train)
+        unseen = unseen_parts(trained.spec, known, [names for names in asked if "+".join(names) not in replaced])
     told = record(
         trained,
         space="log-normalised expression in X",
         seed=seed,
         replaced=json.dumps(replaced),
+        unseen=json.dumps(unseen),
         unmatched=json.dumps({context: c.stands_in for context, c in sources.items() if c.stands_in}),
         chunk=chunk,
         **{f.name: getattr(chosen, f.name) for f in fields(chosen)},
@@ -596,11 +608,14 @@ class _Covariates:
         self.roles = perturbdiff.roles(trained.config)
         self.replaced: dict[str, str] = {}
         self.conditions = list(trained.names.perturbation)
-        self.vectors = dict(vectors)
+        self.brought = vectors
+        self.known_table = dict(vectors)
+        self.vectors: dict[str, Any] = {}
         self.table = None
         if trained.config.perturbation == "vector":
             self.table = list(np.asarray(trained.constants.perturbation_vectors))
-            self.vectors |= dict(zip(self.conditions, self.table, strict=True))
+            self.vectors = dict(zip(self.conditions, self.table, strict=True))
+            self.known_table |= trained.spec.table_of(self.vectors)
 
     def admit(self, population: Population) -> None:
         """Refuses a condition that the model cannot be asked for; all of it is known afterwards."""
@@ -629,12 +644,16 @@ class _Covariates:
         if "perturbation" not in self.roles:
             return [(0, self._dose(population))]
         parts = population.perturbation
-        if name not in self.vectors and parts and all(part in self.vectors for part in parts):
-            self.vectors[name] = np.mean([self.vectors[part] for part in parts], axis=0)
+        if self.table is not None and parts and name not in self.vectors:
+            self._find_vector(name, parts)
         seen = trained._trained("perturbation")
         known = seen if self.table is None else [*self.vectors, *seen]
         resolved = resolve_unknown(
-            [name], known, self.on_unknown, self.vectors, trained=[other for other in seen if other != CONTROL]
+            [name],
+            known,
+            self.on_unknown,
+            self.vectors or self.brought,
+            trained=[other for other in seen if other != CONTROL],
         )
         self.replaced |= resolved.replaced
         found = []
@@ -642,6 +661,25 @@ class _Covariates:
             names = () if stand_in == CONTROL else tuple(stand_in.split("+"))
             found.append((self._row(stand_in), self._dose(Population(names, ""))))
         return found
+
+    def _find_vector(self, name: str, parts: tuple[str, ...]) -> None:
+        """The condition's own vector, or those of its parts, pooled; none where on_unknown has something to say."""
+        spec = self.trained.spec
+        own = spec.vectors_of([name], self.known_table) if spec.vector_dose == "name" or len(parts) == 1 else {}
+        of_parts = {
+            **spec.vectors_of(parts, self.known_table),
+            **{p: self.vectors[p] for p in parts if p in self.vectors},
+        }
+        if name in own:
+            self.vectors[name] = own[name]
+        elif all(part in of_parts for part in parts):
+            of_parts = [of_parts[part] for part in parts]
+            widths = {vector.shape for vector in of_parts}
+            if len(widths) > 1:
+                raise ValueError(f"the vectors of the parts of {name!r} must have one length; got {sorted(widths)}.")
+            self.vectors[name] = spec.pooled(of_parts)
+        elif self.on_unknown == "error":
+            check_vectors(spec, parts, of_parts, self.brought)
 
     def _dose(self, population: Population) -> int:
         if "dose" not in self.roles:

@@ -23,7 +23,14 @@ from scjax.data.splits import PerturbationSplit
 from scjax.data.vocabulary import Vocabulary
 from scjax.models import scdfm
 from scjax.predict.parts import Part, Prediction
-from scjax.predict.populations import asked_conditions, brought_vectors, cells_of, number_of
+from scjax.predict.populations import (
+    asked_conditions,
+    brought_vectors,
+    cells_of,
+    check_vectors,
+    number_of,
+    unseen_parts,
+)
 from scjax.predict.record import predicting_params, record
 from scjax.processes.flow import Solver
 from scjax.types import Params, Population
@@ -202,7 +209,7 @@ def generate(
         generation: the run's own unless given.
         genes: their names, any of the kept ones in any order; all of them unless given.
         on_unknown: see `data.conditions.resolve_unknown`.
-        vectors: external vectors by name, besides those of training.
+        vectors: external vectors by name, besides those of training; as a table has them, see `DataSpec.vector_dose`.
         chunk: cells that are generated together: memory against speed; the noise of a cell depends on it.
 
     Raises:
@@ -336,7 +343,7 @@ def predict(
     Returns:
         One row a cell. X: log-normalised expression, not negative, float32[rows, genes]; obs: condition, context, the
         columns of the covariates, the name of the control cell it started as, seed; uns["scjax"]: settings as JSON, run
-        and step of the checkpoint, solver, what was replaced, versions.
+        and step of the checkpoint, solver, what was replaced, what training never saw and vectors tell, versions.
 
     Raises:
         ValueError: no control cells, an unknown condition, context or gene, bad values among the controls.
@@ -408,11 +415,16 @@ def predicting(
             )
             yield Part(x, obs)
 
+    unseen: dict[str, str] = {}
+    if trained.config.perturbation == "vector":
+        known = {*trained_names(trained.split.train), *replaced}
+        unseen = unseen_parts(trained.spec, known, asked)
     told = record(
         trained,
         space="log-normalised expression in X",
         seed=seed,
         replaced=json.dumps(replaced),
+        unseen=json.dumps(unseen),
         chunk=chunk,
         **{f.name: getattr(generation, f.name) for f in fields(generation)},
     )
@@ -462,7 +474,10 @@ def _embedding(
     known_vectors = {}
     if kind == "vector":
         stored = dict(zip(vocabulary.perturbations, np.asarray(trained.constants.vectors), strict=True))
-        known_vectors = {**vectors, **stored}
+        table = {**vectors, **trained.spec.table_of(stored)}
+        known_vectors = {**trained.spec.vectors_of(names, table), **stored}
+        if on_unknown == "error":
+            check_vectors(trained.spec, names, known_vectors, vectors)
     resolved = resolve_unknown(
         names,
         known_names(trained.split.train, kind, genes=trained.genes, vectors=known_vectors),

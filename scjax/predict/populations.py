@@ -11,11 +11,21 @@ from jaxtyping import Float
 
 from scjax.check import column, suggestion
 from scjax.config import from_dict
+from scjax.data.conditions import dose_of
 from scjax.data.source import open_source
 from scjax.data.spec import AnnData, DataSpec
 from scjax.types import Population
 
-__all__ = ["asked_conditions", "brought_vectors", "cells_of", "generation_of", "number_of", "predicted_cells"]
+__all__ = [
+    "asked_conditions",
+    "brought_vectors",
+    "cells_of",
+    "check_vectors",
+    "generation_of",
+    "number_of",
+    "predicted_cells",
+    "unseen_parts",
+]
 
 
 def asked_conditions(spec: DataSpec, conditions: Iterable[str]) -> list[tuple[str, ...]]:
@@ -42,6 +52,49 @@ def asked_conditions(spec: DataSpec, conditions: Iterable[str]) -> list[tuple[st
 def brought_vectors(spec: DataSpec, adata: AnnData) -> dict[str, Any]:
     """Those of `adata`, where it brings any: a prediction needs them for new names only."""
     return spec.read_vectors(adata) if spec.vectors is not None and spec.vectors in adata.uns else {}
+
+
+def check_vectors(spec: DataSpec, parts: Iterable[str], known: Iterable[str], brought: Iterable[str]) -> None:
+    """Raises ValueError for the first part without a vector, in the checkpoint or brought: what to bring, and how."""
+    known = set(known)
+    for part in parts:
+        if part not in known:
+            drug = part if spec.vector_dose == "name" else dose_of(part)[0]
+            some = len(set(brought))
+            raise ValueError(
+                f"perturbation {part!r} is not known to the model: it was in no training population, and there is no "
+                f"vector of {drug!r} in the checkpoint, nor in adata.uns[{spec.vectors!r}], "
+                f"{f'which has {some} others' if some else 'which is not there'}."
+                f"{suggestion(drug, {*known, *brought})} "
+                "Bring a table that has it (data.embeddings.attach; --vectors FILE of `scjax predict`), or let another "
+                "stand for it by on_unknown='mean' or 'nearest'."
+            )
+
+
+def unseen_parts(spec: DataSpec, trained: Iterable[str], asked: Iterable[tuple[str, ...]]) -> dict[str, str]:
+    """What of the asked conditions training never saw and only vectors tell: by the name, in words.
+
+    Args:
+        trained: the names in the populations of training.
+        asked: conditions, in parts.
+    """
+    trained, found = set(trained), {}
+    doses: dict[str, list[float]] = {}
+    for name in trained:
+        drug, dose = dose_of(name)
+        if dose is not None:
+            doses.setdefault(drug, []).append(dose)
+    for part in sorted({part for parts in asked for part in parts} - trained):
+        drug, dose = dose_of(part)
+        seen = sorted(doses.get(drug, ())) if spec.vector_dose != "name" and dose is not None else []
+        if not seen:
+            found[part] = "in no training population: told by its vector alone"
+        elif dose < seen[0] or dose > seen[-1]:
+            found[part] = f"extrapolated: training saw {drug} at doses from {seen[0]:g} to {seen[-1]:g}"
+        else:
+            below, above = max(d for d in seen if d < dose), min(d for d in seen if d > dose)
+            found[part] = f"interpolated between the trained doses {below:g} and {above:g} of {drug}"
+    return found
 
 
 def cells_of(
