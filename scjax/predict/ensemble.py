@@ -84,6 +84,7 @@ def predict_means(members: Sequence[Trained], adata: AnnData, wanted: Iterable[A
 
     at_least("the number of members", len(members), 1)
     columns = [members[0].spec.time] if isinstance(members[0], TrainedTimeSeries) else ["condition", "context"]
+    by = columns if len(columns) > 1 else columns[0]
     wanted = list(wanted) if not isinstance(wanted, str) else wanted
     of_members, n_cells, about = [], {}, {}
     for member in members:
@@ -91,7 +92,7 @@ def predict_means(members: Sequence[Trained], adata: AnnData, wanted: Iterable[A
         sums: dict[Any, np.ndarray] = {}
         n_cells, about, genes = {}, made.uns["scjax"], made.genes
         for part in made.parts():
-            for key, rows in part.obs.groupby(columns, sort=False, observed=True).indices.items():
+            for key, rows in part.obs.groupby(by, sort=False, observed=True).indices.items():
                 sums[key] = sums.get(key, 0.0) + part.x[rows].sum(axis=0, dtype=np.float64)
                 n_cells[key] = n_cells.get(key, 0) + len(rows)
         of_members.append(np.stack([total / n_cells[key] for key, total in sums.items()]))

@@ -173,7 +173,8 @@ def test_a_perturbed_population_develops(name):
         "perturb": awake(init(jax.random.key(1), config), jax.random.key(2)),
         "develop": scimf.init(jax.random.key(3), SCIMF),
     }
-    if name == "scdfm":  # an untrained velocity may end below zero, where all is cut off
+    if name == "scdfm":  # with so much noise an untrained velocity ends below zero, where all is cut off
+        params["perturb"] = init(jax.random.key(1), config)
         params["perturb"]["velocity_head"]["output"]["bias"] += 3.0
 
     @jax.jit
@@ -354,7 +355,7 @@ def rankers(trained_on_vectors):
 
     @jax.jit
     def by_gradient(target):
-        tx = optax.adam(0.15)
+        tx = optax.adam(optax.cosine_decay_schedule(0.15, 25))
 
         def step(state, _):
             vector, opt_state = state
@@ -381,7 +382,7 @@ def test_which_perturbation_brings_this_population_nearest_to_that_one(rankers, 
     from_end = np.linalg.norm(CANDIDATES - vector[None], axis=1)
     assert distances.argmin() == truth
     assert from_end.argmin() == truth
-    assert from_end[truth] < 0.35  # candidates lie 1 apart
+    assert np.delete(from_end, truth).min() > from_end[truth] + 0.2  # candidates lie 1 apart
     assert values[-1] < 0.3 * values[0]
 
 

@@ -24,16 +24,12 @@ LINES = tiny_perturbation.LINES
 HELD = [Population(("g0", "g1"), line) for line in LINES]
 
 
-def trained_seeds(tiny, folder, seeds, **changes):
-    folders = [folder / f"seed{seed}" for seed in seeds]
-    done = train_seeds(replace(tiny.EXPERIMENT, n_steps=6, **changes), tiny.make_adata(), folders, seeds)
-    assert not done.failed
-    return folders
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    return trained_seeds(tiny_perturbation, tmp_path_factory.mktemp("members"), SEEDS)
+    folders = [tmp_path_factory.mktemp("members") / f"seed{seed}" for seed in SEEDS]
+    experiment = replace(tiny_perturbation.EXPERIMENT, n_steps=6)
+    assert not train_seeds(experiment, tiny_perturbation.make_adata(), folders, SEEDS).failed
+    return folders
 
 
 @pytest.fixture(scope="module")
@@ -158,19 +154,22 @@ def test_members_are_of_one_experiment(folders, tmp_path, perturbation_run):
         load_members([])
 
 
-@pytest.mark.parametrize("tiny", [tiny_cellsets, tiny_series], ids=["cellsets", "series"])
-def test_every_kind_of_model(tiny, tmp_path):
+@pytest.mark.parametrize("kind", ["cellsets", "series"])
+def test_every_kind_of_model(kind, request):
     """Cell sets as flows; a time series has a row a time, and no populations."""
-    members = load_members(trained_seeds(tiny, tmp_path, (0, 1)))
-    adata = tiny.make_adata()
-    is_series = tiny is tiny_series
-    made = predict_means(members, adata, [1.0, 2.0] if is_series else ["A"], seed=3)
-    cells = [predict(member, adata, [1.0, 2.0] if is_series else ["A"], seed=3) for member in members]
-    column = "day" if is_series else "context"
+    tiny, fixture, wanted, column = {
+        "cellsets": (tiny_cellsets, "cellset_trained", ["A"], "context"),
+        "series": (tiny_series, "trained", [1.0, 2.0], "day"),
+    }[kind]
+    one, adata = request.getfixturevalue(fixture), tiny.make_adata()
+    members = [one, one._replace(params=jax.tree.map(lambda leaf: 1.1 * leaf, one.params))]
+    made = predict_means(members, adata, wanted, seed=3)
+    cells = [predict(member, adata, wanted, seed=3) for member in members]
     for i, value in enumerate(made.obs[column]):
-        of = [one.X[(one.obs[column] == value).to_numpy()].mean(axis=0) for one in cells]
+        of = [each.X[(each.obs[column] == value).to_numpy()].mean(axis=0) for each in cells]
         np.testing.assert_allclose(made.X[i], np.mean(of, axis=0), rtol=1e-4, atol=1e-4)
-    if is_series:
+    assert made.layers["sd"].max() > 1e-3
+    if kind == "series":
         with pytest.raises(ValueError, match="the rows of a time series are times"):
             populations_of(members, made)
     else:
