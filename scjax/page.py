@@ -352,9 +352,11 @@ def _population_figures(table: PerturbationTable, found: PerturbationEvidence) -
         pairs = ([found.real[p] for p in shown], [sides[p] for p in shown])
         yield from _figures(
             "Calibration",
-            "Is the prediction as spread as the truth? Each gene of each population shown is a dot; hollow ones are "
-            "zero on one side.",
-            [_calibration_figure(*pairs, of) for of in ("variance", "zeros")],
+            "Is the prediction as spread as the truth, and in the same place? Each gene of each population shown is a "
+            "dot; hollow ones are zero on one side. Coverage: the share of cells between the 5 % and the 95 % quantile "
+            "of the predicted cells (more than 90 % where many cells are equal, zeros say); above the line the "
+            "prediction is too sure of itself.",
+            [_calibration_figure(*pairs, of) for of in ("variance", "zeros", "coverage")],
             4,
         )
 
@@ -411,8 +413,12 @@ def _calibration_figure(real: Sequence[Side], predicted: Sequence[Side], of: str
     from scjax.plot.evaluation import as_svg_uri, calibration
 
     log = of == "variance"
-    what = "variance" if log else "share of zeros"
-    pair = tuple(np.concatenate([getattr(side, of) for side in sides]) for sides in (real, predicted))
+    what = {"variance": "variance", "zeros": "share of zeros", "coverage": "cells in the predicted 90 %"}[of]
+    if of == "coverage":
+        shares = [_within_predicted(*sides) for sides in zip(real, predicted, strict=True)]
+        pair = tuple(np.concatenate(of_side) for of_side in zip(*shares, strict=True))
+    else:
+        pair = tuple(np.concatenate([getattr(side, of) for side in sides]) for sides in (real, predicted))
     if not (np.isfinite(pair[0]) & np.isfinite(pair[1])).any():
         return "", "", f"No {what}: single cells have none."
     ax = calibration(*pair, what=what, log=log, title=_sentence(what)[:-1])
@@ -421,6 +427,13 @@ def _calibration_figure(real: Sequence[Side], predicted: Sequence[Side], of: str
         f"Predicted over real {what} of each feature: {_median(*pair, log=log)}",
         f"Calibration: {what}",
     )
+
+
+def _within_predicted(real: Side, predicted: Side) -> tuple[np.ndarray, np.ndarray]:
+    """Of each gene the share of real and of predicted cells within the middle 90 % of the predicted ones."""
+    low, high = np.quantile(predicted.cells, [0.05, 0.95], axis=0)
+    shares = [np.mean((low <= side.cells) & (side.cells <= high), axis=0) for side in (real, predicted)]
+    return shares[0], shares[1]
 
 
 def _groups(found: PerturbationEvidence, name: str, p: Population) -> dict[str, np.ndarray]:

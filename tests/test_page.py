@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from scjax import page
-from scjax.experiment.evidence import perturbation_evidence, series_evidence
+from scjax.experiment.evidence import Side, perturbation_evidence, series_evidence
 from scjax.experiment.tidy import digest_of, score_rows
 from scjax.metrics.baselines import training_free
 from scjax.metrics.expression import EXPRESSION_METRICS
@@ -170,6 +170,18 @@ def test_failures_are_told(text):
     assert "1 of them are left out: they hold cells that are not finite." in words
     assert "failed (1)" in words
     assert "Every value could be computed." not in words
+
+
+def test_coverage_of_each_gene(text):
+    """Predicted cells half as wide as the real ones hold 59 % of them between their 5 % and 95 % quantiles."""
+    assert "Calibration: cells in the predicted 90 %" in " ".join(read(text).words)
+    rng = np.random.default_rng(0)
+    real, narrow = (Side(300, *[np.zeros(20)] * 3, scale * rng.normal(size=(300, 20))) for scale in (1.0, 0.5))
+    of_real, of_predicted = page._within_predicted(real, narrow)
+    assert of_real.mean() == pytest.approx(0.589, abs=0.02)
+    assert of_predicted == pytest.approx(0.9, abs=1e-6)
+    zeros = Side(300, *[np.zeros(20)] * 3, np.zeros((300, 20)))
+    assert page._within_predicted(zeros, zeros)[0] == pytest.approx(1)
 
 
 def test_without_a_search_for_leaks_the_page_says_so(series_text):

@@ -5,5 +5,5 @@ puts models beside baselines and the real-vs-real floor and says which wins, `in
 `lineage` compares states and their transitions with those of clones.
 Perturbations: the same roles are those of `expression`, `perturbation_baselines` and `perturbation_report`; `rank_sum`
 tests all genes of many populations at once, `clustering` compares clusters of perturbations.
-`intervals` says how sure a mean over populations, times and seeds is.
+`intervals` says how sure a mean over populations, times and seeds is, `conformal` how far off a predicted mean may be.
 """

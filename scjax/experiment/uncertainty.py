@@ -1,0 +1,104 @@
+"""Predicted means with intervals that conditions kept back have calibrated."""
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from scjax.check import positive
+from scjax.data.spec import AnnData
+from scjax.metrics.conformal import calibrate
+from scjax.predict import Trained
+from scjax.predict.ensemble import observed_means, populations_of, predict_means
+from scjax.types import Population
+
+__all__ = ["predict_intervals"]
+
+
+def predict_intervals(
+    members: Sequence[Trained],
+    adata: AnnData,
+    conditions: Iterable[str],
+    *,
+    calibration: Sequence[Population] | None = None,
+    level: float = 0.9,
+    simultaneous: bool = False,
+    by_spread: bool = False,
+    floor: float = 1e-3,
+    **options: Any,
+) -> AnnData:
+    """`predict_means` of perturbations, with split-conformal intervals of each mean: layers["low"] and layers["high"].
+
+    The interval is of the mean of the cells that would be observed, as many as the calibration populations have (their
+    own scatter is part of the error that is measured). What it promises and when stands in `metrics.conformal`: asked
+    and calibration populations must be exchangeable. Populations of one perturbation in several contexts are not
+    independent, and the promise is then weaker than their number says.
+
+    Args:
+        members: one or more, of `load_members`.
+        adata: with control cells, and the cells of the calibration populations.
+        conditions, options: as for `predict`.
+        calibration: populations that training did not see. None: those that the split kept for validation; where
+            training stopped early on them, or chose its best parameters by them, their errors are a little too small.
+        level: chance that an interval holds the mean.
+        simultaneous: of all genes of a population at once, instead of each gene by itself.
+        by_spread: errors in units of each population's own spread between members (two at least): wider where these
+            disagree. False: in the unit of expression.
+        floor: the least such unit, in units of expression.
+
+    Returns:
+        As `predict_means`; uns["scjax"]["conformal"] tells level, variant, the calibration populations, and why the
+        intervals are infinite where they are: too few calibration populations for the level.
+
+    Raises:
+        ValueError: as `predict`; calibration populations that training saw, that are asked for, or none; one member
+            and by_spread.
+    """
+    positive("floor", floor)
+    if by_spread and len(members) < 2:
+        raise ValueError("by_spread=True takes the spread between members, and there is one; give more runs.")
+    asked = predict_means(members, adata, conditions, **options)
+    split = members[0].split
+    kept = list(split.validation if calibration is None else calibration)
+    if not kept:
+        raise ValueError(
+            "calibration must name populations that training did not see, and the split kept none for validation; "
+            "train with a split that does (validation_fraction), or name some."
+        )
+    for population in kept:
+        if population in split.train:
+            raise ValueError(f"calibration must not hold what training saw, whose errors are too small: {population}.")
+        if population in set(populations_of(members, asked)):
+            raise ValueError(f"calibration and conditions must differ; {population} is in both.")
+    made = _means_of(members, adata, kept, options)
+    observed = observed_means(members, adata, made)
+    scales = [None, None]
+    if by_spread:
+        scales = [table.layers["sd"].astype(float).clip(floor) for table in (made, asked)]
+    conformal = calibrate(made.X.astype(float), observed, level, simultaneous=simultaneous, scale=scales[0])
+    asked.layers["low"], asked.layers["high"] = conformal.around(asked.X.astype(float), scales[1])
+    asked.uns["scjax"]["conformal"] = json.dumps(
+        {
+            "level": level,
+            "simultaneous": simultaneous,
+            "by_spread": by_spread,
+            "calibration": list(map(str, kept)),
+            "note": conformal.note,
+        }
+    )
+    return asked
+
+
+def _means_of(
+    members: Sequence[Trained], adata: AnnData, populations: Sequence[Population], options: dict[str, Any]
+) -> AnnData:
+    """`predict_means` of these populations, and of no others in their contexts."""
+    options = {name: value for name, value in options.items() if name != "contexts"}
+    asked = {p: None for p in populations}
+    made = predict_means(
+        members,
+        adata,
+        list(dict.fromkeys(p.condition for p in asked)),
+        contexts=list(dict.fromkeys(p.context for p in asked)),
+        **options,
+    )
+    return made[[p in asked for p in populations_of(members, made)]].copy()
