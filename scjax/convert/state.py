@@ -63,8 +63,12 @@ class Blank(dict):
         super().__init__()
         self.originals, self.dtype_of, self.as_marks = originals, dtype_of or {}, as_marks
 
-    def make(self, name: str, shape: Shape, unknown: int | None, value: float | None) -> np.ndarray | None:
-        """The tensor; None for one that has no place in the parameters, where originals are given and lack it."""
+    def make(self, name: str, shape: Shape, unknown: int | None, value: float | None) -> np.ndarray:
+        """The tensor, full of `value` where no original has it; `unknown` is its size along an axis of no known one.
+
+        Raises:
+            ValueError: an original of another shape, or a size or a value that is known of an original alone.
+        """
         given = None if self.originals is None else self.originals.get(name)
         if given is not None and not _fits(np.shape(given), shape):
             raise ValueError(f"originals: {name} has the shape {np.shape(given)}; wanted {shape}.")

@@ -218,7 +218,7 @@ def test_help_of_nested_settings(capsys):
         (("show", "folder.h5ad"), "is no whole HDF5 file"),
         (("show", "."), "holds no complete checkpoint"),
         (("show", "--settings"), "--settings needs a preset, the folder of a run, or a .json; got ''"),
-        (("trian",), "Available subcommands: demo, train, predict, evaluate, bench, show"),
+        (("trian",), "Available subcommands: demo, train, predict, evaluate, bench, convert, show"),
     ],
 )
 def test_mistakes(run, capsys, arguments, message):
