@@ -159,17 +159,16 @@ def experiment_of(data: str, model: str, draw: int, n_steps: int | None):
         start = preset("scdfm/norman_subset").experiment
         start = replace(
             start,
-            model=replace(start.model, perturbation="vector"),
             sampling=replace(start.sampling, n_genes=75),
             generation=GenerationConfig(n_cells=64, solver="heun", n_steps=6, composition="additive", zero_below=0.1),
         )
     else:
         start = preset("perturbdiff/mcfaline").experiment
-        start = replace(start, model=replace(start.model, perturbation="vector"))
         start = replace(start, generation=replace(start.generation, n_cells=64))
     covariates = () if data == "norman" else ("cell_type",)
     return replace(
         start,
+        model=replace(start.model, perturbation="vector"),
         spec=replace(start.spec, vectors="vectors", covariates=covariates),
         split=split,
         preprocess=genes,

@@ -42,3 +42,12 @@ def test_the_other_screen_tells_of_every_kinase(script, monkeypatch):
     monkeypatch.undo()
     assert targets(datasets.mcfaline2023()) <= set(vectors)
     assert {v.shape for v in vectors.values()} == {(script.N_COMPONENTS,)}
+
+
+@pytest.mark.parametrize(("data", "model"), [("norman", "scdfm"), ("mcfaline", "scdfm"), ("mcfaline", "perturbdiff")])
+def test_every_question_is_an_experiment_on_vectors(script, data, model):
+    experiment = script.experiment_of(data, model, draw=0, n_steps=20)
+    assert experiment.model.perturbation == "vector"
+    assert experiment.spec.vectors == "vectors"
+    assert experiment.n_steps == experiment.checkpoint_every == 20
+    assert experiment.optimizer.n_warmup < 20
