@@ -314,27 +314,30 @@ def read_about(directory: str | Path, step: int | None = None) -> dict[str, Any]
 
 
 def provenance() -> dict[str, Any]:
-    """Versions, machine and source that produced a checkpoint: an entry for `about`.
+    """Versions, machine and source that produced a checkpoint: an entry for `about`."""
+    return {"versions": versions(), "device": jax.devices()[0].device_kind, "source": source_digest()}
 
-    "source" is a digest of this package's Python files, so that an edited checkout is told from a release.
-    """
-    versions = {}
-    for name in _LIBRARIES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue  # a source checkout on the path, or an optional part that is not installed
+
+def versions() -> dict[str, str]:
+    """Of Python, scjax and the libraries that decide what a checkpoint means."""
     from scjax import __version__
 
+    found = {}
+    for name in _LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # a source checkout on the path, or an optional part that is not installed
+    return found | {"scjax": __version__, "python": platform.python_version()}
+
+
+def source_digest() -> str:
+    """Of this package's Python files, so that an edited checkout is told from a release."""
     package = Path(__file__).parent
-    source = hashlib.blake2b(digest_size=16)
+    digest = hashlib.blake2b(digest_size=16)
     for path in sorted(package.rglob("*.py")):
-        source.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    return {
-        "versions": versions | {"scjax": __version__, "python": platform.python_version()},
-        "device": jax.devices()[0].device_kind,
-        "source": source.hexdigest(),
-    }
+        digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
 
 
 # -- who may write where

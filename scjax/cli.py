@@ -1,4 +1,7 @@
-"""The command line: scjax demo | train | predict | evaluate | bench | show. tyro makes options of the dataclasses."""
+"""The command line: scjax demo | train | predict | evaluate | bench | show | info.
+
+tyro makes options of the dataclasses.
+"""
 
 import argparse
 import dataclasses
@@ -498,6 +501,16 @@ class Show:
         print(to_json(_settings(self.what)) if self.settings else _shown(self.what), end="")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Info:
+    """Print versions, devices and flags as a block for a bug report, without names of users, machines or files."""
+
+    def execute(self) -> None:
+        from scjax.info import information
+
+        print(f"```\n{information()}```")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command; a user's mistake ends with its message and status 2, without a traceback."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -509,7 +522,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             command = _parse_train(arguments[1:])
         else:
             command = tyro.extras.subcommand_cli_from_dict(
-                {"demo": Demo, "train": Train, "predict": Predict, "evaluate": Evaluate, "bench": Bench, "show": Show},
+                {
+                    "demo": Demo,
+                    "train": Train,
+                    "predict": Predict,
+                    "evaluate": Evaluate,
+                    "bench": Bench,
+                    "show": Show,
+                    "info": Info,
+                },
                 prog="scjax",
                 description="Generative models of single-cell populations. `scjax COMMAND --help` tells its options.",
                 args=arguments,

@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "experiment": WORDS | MATHEMATICS | SERVICES | THIRD | {"data", "models"},
     "presets": WORDS | MATHEMATICS | SERVICES | THIRD | {"data", "models", "experiment"},
 }
-TOP = {"bench", "cli", "demo", "page", "__main__"}  # may import all
+TOP = {"bench", "cli", "demo", "info", "page", "__main__"}  # may import all
 
 # Where a library may be imported; jax, jaxtyping and numpy may be everywhere.
 HOMES = {

@@ -147,7 +147,7 @@ def test_show(run, capsys):
 @pytest.mark.parametrize(
     ("command", "wanted"),
     [
-        ("", ["demo", "train", "predict", "evaluate", "show"]),
+        ("", ["demo", "train", "predict", "evaluate", "show", "info"]),
         ("train", ["--preset", "--config", "--set", "--resume", "--n-steps INT", "--model.n-blocks INT"]),
         ("predict", ["--run PATH", "--times", "in the unit of the data", "--velocity", "--step"]),
         ("evaluate", ["--runs", "NAME=FOLDER", "--n-draws INT"]),
@@ -218,7 +218,7 @@ def test_help_of_nested_settings(capsys):
         (("show", "folder.h5ad"), "is no whole HDF5 file"),
         (("show", "."), "holds no complete checkpoint"),
         (("show", "--settings"), "--settings needs a preset, the folder of a run, or a .json; got ''"),
-        (("trian",), "Available subcommands: demo, train, predict, evaluate, bench, show"),
+        (("trian",), "Available subcommands: demo, train, predict, evaluate, bench, show, info"),
     ],
 )
 def test_mistakes(run, capsys, arguments, message):
