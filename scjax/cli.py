@@ -76,6 +76,7 @@ class Train:
         step: of the checkpoint to resume from; the newest if left out.
         verbose: print all settings first.
         keep: newest checkpoints that stay.
+        tensorboard: also log to OUT/tensorboard, for `tensorboard --logdir`; needs the extra `logging`.
         devices: of this machine, that share each step; one if left out. With several processes all devices of all.
         shard_above: spread parameters and optimiser states of so many entries or more over the devices.
         coordinator: HOST:PORT of the first of several processes, each of which runs this command; together with
@@ -98,6 +99,7 @@ class Train:
     step: int | None = None
     verbose: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     keep: int = 3
+    tensorboard: _Flag = False
     devices: int | None = None
     shard_above: int | None = None
     coordinator: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = None
@@ -109,8 +111,9 @@ class Train:
     def execute(self) -> None:
         from scjax import hosts, mesh
         from scjax.experiment import train
-        from scjax.train.hooks import Progress
+        from scjax.train.hooks import Progress, TensorBoard
 
+        more = [TensorBoard(self.out / "tensorboard", resumed=self.resume)] if self.tensorboard else []
         several = hosts.start(self.coordinator, self.n_processes, self.process_id, detect=self.detect_processes)
         first = hosts.is_first()
         shared = None if self.devices is None and not several else mesh.make_mesh(self.devices)
@@ -120,7 +123,9 @@ class Train:
         adata = hosts.together(lambda: _read_data(self.data, self.experiment.kind, on_disk=on_disk), "Reading the data")
         bar = Progress(self.experiment.cells_per_step, force=True)
         options = {"keep": self.keep, "mesh": shared, "shard_above": self.shard_above}
-        done = train(self.experiment, adata, self.out, resume=self.resume, step=self.step, hooks=[bar], **options)
+        done = train(
+            self.experiment, adata, self.out, resume=self.resume, step=self.step, hooks=[bar, *more], **options
+        )
         if not first:
             return
         lines = _next_commands(self.experiment, done, self.out, self.data)

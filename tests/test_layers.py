@@ -48,6 +48,7 @@ HOMES = {
     "orbax": {"checkpoint"},
     "optax": {"train"},
     "tqdm": {"train"},
+    "tensorboardX": {"train"},  # not installed everywhere
     "matplotlib": {"plot"},
     "tyro": {"cli"},
     "torch": {"convert"},
@@ -68,6 +69,7 @@ LAZY = {
     "igraph",
     "matplotlib",
     "pyarrow",
+    "tensorboardX",
 }
 
 MODULES = sorted(PACKAGE.rglob("*.py"))

@@ -15,8 +15,9 @@ from scjax.checkpoint import CheckpointWriter
 
 from .state import TrainState
 
-__all__ = ["Hook", "JsonlLogger", "Progress", "SaveCheckpoints", "Saved"]
+__all__ = ["Hook", "JsonlLogger", "Progress", "SaveCheckpoints", "Saved", "TensorBoard"]
 
+VALIDATION = "validation_"  # before the names of scores, which `on_log` is told beside the metrics of steps
 _BAR = "{desc}{percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 
 
@@ -207,6 +208,54 @@ class JsonlLogger(Hook):
         fresh = self.path.with_name(self.path.name + ".new")
         fresh.write_text("".join(kept), encoding="utf-8")
         os.replace(fresh, self.path)
+
+
+class TensorBoard(Hook):
+    """Every metric as a scalar for TensorBoard: `train/loss` and the other terms, `validation/...` the scores.
+
+    A resumed run writes a further file into the folder; TensorBoard leaves out what the files before it say of the
+    steps that are done again.
+
+    Args:
+        resumed: the files in the folder are of this run, even if it begins with its first step.
+
+    Raises:
+        ValueError: tensorboardX is missing; at the start of a fresh run, a folder that holds something already.
+    """
+
+    def __init__(self, folder: str | Path, *, resumed: bool = False):
+        try:
+            import tensorboardX  # noqa: F401
+        except ImportError as err:
+            raise ValueError(
+                "logging for TensorBoard needs tensorboardX: pip install tensorboardX, or scjax with the extra logging."
+            ) from err
+        self.folder = Path(folder)
+        self.resumed = resumed
+        self._writer = None
+
+    def on_start(self, step: int, n_steps: int) -> None:
+        from tensorboardX import SummaryWriter
+
+        before = list(self.folder.iterdir()) if self.folder.exists() else []
+        if before and step == 0 and not self.resumed:
+            raise ValueError(f"{self.folder} holds the log of another run; choose another folder, or resume that run.")
+        again = {"purge_step": step + 1} if step or self.resumed else {}
+        # Names are made of the second, and a file of the same name would be overwritten.
+        self._writer = SummaryWriter(str(self.folder), filename_suffix=f".{len(before)}", **again)
+
+    def on_log(self, step: int, metrics: Mapping[str, float]) -> None:
+        if self._writer is None:
+            raise RuntimeError("on_log comes after on_start, which opens the file.")
+        for name, value in metrics.items():
+            group = "validation" if name.startswith(VALIDATION) else "train"
+            self._writer.add_scalar(f"{group}/{name.removeprefix(VALIDATION)}", value, step)
+        self._writer.flush()
+
+    def on_end(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
 
 
 class SaveCheckpoints(Hook):

@@ -22,7 +22,7 @@ from scjax import mesh as meshes
 from scjax.check import at_least
 from scjax.types import Batch, LossFn, Params
 
-from .hooks import Hook, Saved
+from .hooks import VALIDATION, Hook, Saved
 from .state import Best, TrainState, init_state, own_copy
 from .step import EmaStart, make_scanned_update
 
@@ -336,7 +336,7 @@ class Patience:
 
 def validated(state: TrainState, validate: Validate, hooks: Sequence[Hook]) -> TrainState:
     params = state.params if state.ema is None else state.ema
-    scores = {f"validation_{name}": float(value) for name, value in validate(params).items()}
+    scores = {f"{VALIDATION}{name}": float(value) for name, value in validate(params).items()}
     if not scores:
         raise ValueError("validate must return at least one score by name; got none.")
     step = int(state.step)

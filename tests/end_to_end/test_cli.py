@@ -353,3 +353,14 @@ def test_settings_need_not_be_those_of_a_preset(capsys):
     assert "'day' is not one." in told
     assert "It has: hours, kind, batch" in told
     assert np.isfinite(adata.X).all()
+
+
+def test_tensorboard(run, tmp_path, capsys):
+    """Beside the log of the run, also when it goes on."""
+    pytest.importorskip("tensorboardX", reason="the extra `logging` is not installed")
+    out, settings = tmp_path / "board", tmp_path / "settings.json"
+    settings.write_text(to_json(read_experiment(run)))
+    main(["train", "--config", str(settings), "--data", "cells.h5ad", "--out", str(out), "--tensorboard"])
+    assert len(list((out / "tensorboard").iterdir())) == 1
+    main(["train", "--resume", "--data", "cells.h5ad", "--out", str(out), "--tensorboard"])
+    assert list_steps(out / "checkpoints") == (5,)
