@@ -162,6 +162,10 @@ class Predict:
         times: time series: in the unit of the data, increasing; they need not have been observed.
         velocity: time series: write the observed cells of `data` with their velocities instead of a prediction; without
             --times, and without chance.
+        bases: with --velocity: embeddings to draw it in, umap for obsm["X_umap"].
+        partners: with --velocity: of each cell so many that it attends to most, in obsp["interaction"].
+        observed: perturbations, cell sets: another .h5ad or .zarr to write, for tools that compare two files: the
+            observed cells of the conditions, in the form of the prediction. Both files then hold the control cells too.
         conditions: what to do to the cells, A or A+B, in any order; they need not have been observed.
         contexts: the values of the covariates, joined by " | ", to do it in; all that have controls if left out.
         on_unknown: what stands for a condition that training never saw.
@@ -188,6 +192,9 @@ class Predict:
     verbose: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     times: tuple[float, ...] = ()
     velocity: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    bases: tuple[str, ...] = ()
+    partners: int | None = None
+    observed: Path | None = None
     conditions: tuple[str, ...] = ()
     contexts: tuple[str, ...] = ()
     on_unknown: Literal["error", "mean", "nearest"] = "error"
@@ -207,6 +214,10 @@ class Predict:
         from scjax.predict.timeseries import predicting_velocity
 
         check_new_file(self.out)
+        if self.observed is not None:
+            check_new_file(self.observed)
+            if self.observed.resolve() == self.out.resolve():
+                raise ValueError(f"--out and --observed are two files; both are {self.out}.")
         trained = predict.load(self.run, self.step)
         kind = trained.about["experiment"]["kind"]
         self.check_options(kind)
@@ -215,8 +226,9 @@ class Predict:
         _announce(told, self.verbose, self, trained.about["experiment"])
         on_disk = _stays_on_disk(self.data, self.on_disk, self.in_memory)
         adata = _read_data(self.data, kind, trained.about, on_disk=on_disk)
+        real = None
         if self.velocity:
-            made = predicting_velocity(trained, adata)
+            made = predicting_velocity(trained, adata, bases=self.bases, n_partners=self.partners)
         elif kind == "TimeSeriesExperiment":
             made = predict.predicting(trained, adata, self.times, n_cells=self.n_cells, seed=self.seed)
         else:
@@ -224,21 +236,28 @@ class Predict:
             given = {name: getattr(self, name) for name in options}
             given = {name: None if value == () else value for name, value in given.items()}
             made = predict.predicting(trained, adata, self.conditions, **given)
+            if self.observed is not None:
+                which: dict[str, Any] = {"contexts": given["contexts"], "genes": made.genes}
+                real = predict.observing(trained, adata, self.conditions, **which)
+                made = made.then(predict.observing(trained, adata, **which))
             for name, stand_in in json.loads(made.uns["scjax"]["replaced"]).items():
                 print(f"{name} was in no training population; in its place: {stand_in}")
         written = made.write(self.out)
         print(f"{written.n_obs} cells x {written.n_vars} genes from step {trained.step} written to {self.out}")
+        if real is not None:
+            print(f"{real.write(self.observed).n_obs} observed cells of the same genes written to {self.observed}")
 
     def check_options(self, kind: str) -> None:
         is_series = kind == "TimeSeriesExperiment"
         of_kind = {
-            "TimeSeriesExperiment": ("a time series", "--times", ("times", "velocity")),
+            "TimeSeriesExperiment": ("a time series", "--times", ("times", "velocity", "bases", "partners")),
             "PerturbationExperiment": ("perturbations", "--conditions", _OPTIONS["PerturbationExperiment"]),
             "CellSetExperiment": ("cell sets", "--conditions", _OPTIONS["CellSetExperiment"]),
         }
-        all_options = {"conditions", "contexts", "on_unknown", *_HOW}.union(*(names for *_, names in of_kind.values()))
+        of_perturbations = ("conditions", "contexts", "on_unknown", "observed", *_HOW)
+        all_options = {*of_perturbations}.union(*(names for *_, names in of_kind.values()))
         title, wants, allowed = of_kind[kind]
-        allowed = {*allowed, *(() if is_series else ("conditions", "contexts", "on_unknown", *_HOW))}
+        allowed = {*allowed, *(() if is_series else of_perturbations)}
         wrong = [
             f.name
             for f in dataclasses.fields(self)
@@ -253,6 +272,8 @@ class Predict:
             raise ValueError("give --times for a prediction, or --velocity for the velocities of observed cells.")
         if self.velocity and (self.n_cells is not None or self.seed):
             raise ValueError("--n-cells and --seed are of a prediction; with --velocity leave them out.")
+        if not self.velocity and (self.bases or self.partners is not None):
+            raise ValueError("--bases and --partners are of the velocities of observed cells; they need --velocity.")
         if not is_series and not self.conditions:
             raise ValueError("give --conditions for a prediction, such as A or A+B.")
 

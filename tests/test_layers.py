@@ -43,7 +43,7 @@ HOMES = {
     "zarr": {"data"},
     "sklearn": {"data"},
     "igraph": {"metrics"},
-    "scipy": {"data", "metrics", "experiment"},
+    "scipy": {"data", "metrics", "experiment", "predict"},  # predict: sparse graphs
     "ot": {"metrics"},
     "orbax": {"checkpoint"},
     "optax": {"train"},
