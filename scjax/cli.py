@@ -513,10 +513,11 @@ class Bench:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Show:
-    """Tell what a preset, a run, a settings file or a data file holds; without an argument, list the presets.
+    """Tell what a preset, a run, a checkpoint, a file of settings, split or data holds; without an argument, list the
+    presets.
 
     Attributes:
-        what: name of a preset, folder of a run, .json, .h5ad or .zarr.
+        what: name of a preset, folder of a run or of a checkpoint, .json of settings or of a split, .h5ad or .zarr.
         settings: of a preset, a run or a .json: only its settings, as JSON for `scjax train --config`.
     """
 
@@ -688,18 +689,47 @@ def _shown(what: str) -> str:
         )
     if path.suffix in (".h5ad", ".zarr"):
         return _shown_data(path)
-    return _shown_run(path) if path.is_dir() else to_json(read_experiment(path))
+    if path.is_dir():
+        return _shown_run(path)
+    if path.suffix != ".json":
+        raise ValueError(
+            f"{what} cannot be shown: give a preset, the folder of a run or a checkpoint, .json of settings or of a "
+            "split, .h5ad or .zarr."
+        )
+    return _shown_json(path)
+
+
+def _shown_json(path: Path) -> str:
+    """Settings, or a split with its rule."""
+    from scjax.data.splits import load_split
+
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        tree = None  # read_experiment says what is wrong
+    if not isinstance(tree, dict) or not {"rule", "train"} <= tree.keys():
+        return to_json(read_experiment(path))
+    told = to_dict(load_split(path))
+    return "\n".join([f"{path}: a split", *_shown_split(told), json.dumps(told["rule"], indent=2)]) + "\n"
 
 
 def _shown_data(path: Path) -> str:
-    adata = _read(path)
-    lines = [f"{path}: {adata.n_obs} cells x {adata.n_vars} genes"]
+    adata = _read(path, _size(path) > _LARGE)
+    lines = [f"{path}: {adata.n_obs} cells x {adata.n_vars} genes", *_shown_record(adata.uns)]
     lines += [f"  obs {column}: {_shown_column(adata.obs[column])}" for column in adata.obs]
-    for kind in ("layers", "obsm", "uns"):
-        keys = [str(k) for k in getattr(adata, kind) if k is not None]
+    for kind in ("layers", "obsm", "obsp", "uns"):
+        keys = [str(k) for k in getattr(adata, kind, ()) if k is not None]
         if keys:
             lines.append(f"  {kind}: {', '.join(keys)}")
     return "\n".join(lines) + "\n"
+
+
+def _shown_record(uns: Any) -> list[str]:
+    """Of a prediction: what made it."""
+    made = uns.get("scjax")
+    if made is None:
+        return []
+    return [f"  made by scjax {made['version']}, run {made['run']}, step {made['step']}: {made['space']}"]
 
 
 def _shown_column(values: Any) -> str:
@@ -714,24 +744,33 @@ def _shown_column(values: Any) -> str:
 
 
 def _shown_run(path: Path) -> str:
+    """A run, the folder of its checkpoints, or that of one of them."""
     from scjax import checkpoint
 
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    steps, damaged = checkpoint.list_steps(folder), []
-    about = None
+    steps, wanted = checkpoint.list_steps(folder), None
+    if not steps and path.name.isdecimal() and int(path.name) in checkpoint.list_steps(path.resolve().parent):
+        folder, wanted = path.resolve().parent, int(path.name)
+        steps = (wanted,)
+    if not steps and (path / "experiment.json").exists():
+        settings = to_json(read_experiment(path))
+        return "\n".join([f"{path}: a run without a checkpoint yet", *_shown_log(path), settings])
+    damaged, newest = [], None
     for step in reversed(steps):
         try:
             found = checkpoint.read(folder, step)
         except ValueError as err:
             damaged.append(f"  DAMAGED, step {step}: {err}")
             continue
-        about = about or found.about
-    if about is None:  # says what is wrong: no checkpoint, or none that is whole
-        about = checkpoint.read_about(folder)
+        newest = newest or found
+    # Without any the document says what is wrong: no checkpoint, or none that is whole.
+    about = newest.about if newest else checkpoint.read_about(folder, wanted)
     lines = [
         f"{path}: {about['kind']}, run {about['run']}",
         f"  checkpoints: steps {', '.join(map(str, steps))}",
         *damaged,
+        *_shown_log(path),
+        *([_shown_parameters(newest)] if newest else []),
         f"  data: {about['data']['n_cells']} cells, digest {about['data']['digest']}",
         *_shown_split(about["split"]),
         f"  genes: {len(about['transform']['feature_names'])}",
@@ -739,6 +778,31 @@ def _shown_run(path: Path) -> str:
         f"  made with: {', '.join(f'{name} {v}' for name, v in about['provenance']['versions'].items())}",
     ]
     return "\n".join([*lines, json.dumps(about["experiment"], indent=2)]) + "\n"
+
+
+def _shown_parameters(found: Any) -> str:
+    import jax
+
+    from scjax.predict.record import predicting_params
+
+    leaves = jax.tree.leaves(predicting_params(found.arrays["state"]))
+    return f"  parameters: {sum(leaf.size for leaf in leaves):,} in {len(leaves)} arrays (step {found.step})"
+
+
+def _shown_log(run: Path) -> list[str]:
+    """The last whole line of the log of a run, and whether it failed."""
+    from scjax.train.hooks import read_log
+
+    lines = read_log(run / "metrics.jsonl")
+    told = []
+    if lines:
+        last = {name: value for name, value in lines[-1].items() if name not in ("step", "seconds", "waited")}
+        values = ", ".join(f"{name} {value:.4g}" for name, value in last.items())
+        told.append(f"  log: {len(lines)} lines, the last of step {lines[-1]['step']}: {values}")
+    if (run / "failed.json").exists():
+        failed = json.loads((run / "failed.json").read_text(encoding="utf-8"))
+        told.append(f"  FAILED: {failed['message']}")
+    return told
 
 
 def _shown_split(split: dict[str, Any]) -> list[str]:

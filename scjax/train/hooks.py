@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from scjax.checkpoint import CheckpointWriter
 
 from .state import TrainState
 
-__all__ = ["Hook", "JsonlLogger", "Progress", "SaveCheckpoints", "Saved", "TensorBoard"]
+__all__ = ["Hook", "JsonlLogger", "Progress", "SaveCheckpoints", "Saved", "TensorBoard", "read_log"]
 
 VALIDATION = "validation_"  # before the names of scores, which `on_log` is told beside the metrics of steps
 _BAR = "{desc}{percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
@@ -198,16 +198,26 @@ class JsonlLogger(Hook):
             self._file = None
 
     def _keep_up_to(self, step: int) -> None:
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
-            try:
-                if json.loads(line)["step"] <= step and line.endswith("\n"):
-                    kept.append(line)
-            except (ValueError, KeyError, TypeError):
-                continue  # half a line, from a process that was killed
+        kept = [line for line, row in _rows(self.path) if row["step"] <= step]
         fresh = self.path.with_name(self.path.name + ".new")
         fresh.write_text("".join(kept), encoding="utf-8")
         os.replace(fresh, self.path)
+
+
+def read_log(path: str | Path) -> list[dict[str, Any]]:
+    """The lines that a `JsonlLogger` wrote, in order; none where there is no file. A line cut short is left out."""
+    return [row for _, row in _rows(Path(path))] if Path(path).exists() else []
+
+
+def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        try:
+            row = json.loads(line)
+            step = row["step"]
+        except (ValueError, KeyError, TypeError):
+            continue  # half a line, from a process that was killed
+        if line.endswith("\n") and isinstance(step, int):
+            yield line, row
 
 
 class TensorBoard(Hook):
