@@ -413,7 +413,7 @@ class _Packed(NamedTuple):
 def _pack(arrays: Mapping[str, Any]) -> _Packed:
     packed, n_entries = _Packed({}, {}), 0
     for path, leaf in _paths(dict(arrays)):
-        note = {"jax": isinstance(leaf, jax.Array)}
+        note: dict[str, Any] = {"jax": isinstance(leaf, jax.Array)}
         if _is_key(leaf):
             note["prng"] = str(jax.random.key_impl(leaf))
             leaf = jax.random.key_data(leaf)
@@ -422,8 +422,8 @@ def _pack(arrays: Mapping[str, Any]) -> _Packed:
         n_entries += np.size(leaf)
         value = _whole(leaf)
         if hosts.is_first():
-            packed.leaves[path] = value
-            packed.notes[path] = note | {"shape": list(value.shape), "dtype": value.dtype.name}
+            packed.leaves[path] = value  # pyright: ignore[reportArgumentType]
+            packed.notes[path] = note | {"shape": list(value.shape), "dtype": value.dtype.name}  # pyright: ignore[reportOptionalMemberAccess]
     if not n_entries:
         raise ValueError("arrays must hold at least one array with entries.")
     return packed
@@ -484,7 +484,7 @@ def _nest(flat: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
 
 
 def _is_key(leaf: Any) -> bool:
-    return hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return hasattr(leaf, "dtype") and jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _digest(value: np.ndarray) -> str:

@@ -218,7 +218,7 @@ class Predict:
             check_new_file(self.observed)
             if self.observed.resolve() == self.out.resolve():
                 raise ValueError(f"--out and --observed are two files; both are {self.out}.")
-        trained = predict.load(self.run, self.step)
+        trained: Any = predict.load(self.run, self.step)  # of the kind that is looked up next
         kind = trained.about["experiment"]["kind"]
         self.check_options(kind)
         title = predict.model_title(trained.config)
@@ -244,7 +244,7 @@ class Predict:
                 print(f"{name} was in no training population; in its place: {stand_in}")
         written = made.write(self.out)
         print(f"{written.n_obs} cells x {written.n_vars} genes from step {trained.step} written to {self.out}")
-        if real is not None:
+        if real is not None and self.observed is not None:
             print(f"{real.write(self.observed).n_obs} observed cells of the same genes written to {self.observed}")
 
     def check_options(self, kind: str) -> None:
@@ -379,7 +379,7 @@ class Evaluate:
             print(report.render(table))
             lines = (report.verdict(table, name, metric.name) for name in models for metric in table.metrics)
             print("\n".join(lines) + "\n")
-        if kept is not None:
+        if kept is not None and self.out is not None:
             page.write(self.out, tables, kept, formats=self.formats)
             print(f"report, tables and numbers written to {self.out}; open {self.out / 'report.html'} in a browser")
         elif self.out is not None:
@@ -417,10 +417,10 @@ class Evaluate:
         for name in ("real", "space"):
             if getattr(self, name) is None:
                 raise ValueError(f"--predicted needs --{name}; see `scjax evaluate --help`.")
-        control = {"control": self.control} if self.control else {}
+        control: dict[str, Any] = {"control": self.control} if self.control else {}
         spec = DataSpec(
             expression=self.expression,
-            space=self.space,
+            space=self.space,  # pyright: ignore[reportArgumentType]
             perturbation=self.perturbation,
             time=self.time,
             covariates=self.contexts,
@@ -641,7 +641,7 @@ def _parse_train(arguments: list[str]) -> Train:
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Chosen(Train):
-        experiment: Annotated[tyro.conf.AvoidSubcommands[type(chosen)], tyro.conf.arg(name="")] = chosen
+        experiment: Annotated[tyro.conf.AvoidSubcommands[type(chosen)], tyro.conf.arg(name="")] = chosen  # pyright: ignore[reportInvalidTypeForm]
 
     Chosen.__doc__ = Train.__doc__
     return tyro.cli(Chosen, prog="scjax train", args=arguments)
@@ -825,7 +825,7 @@ def _next_commands(experiment: Experiment, done: Any, out: Path, data: Sequence[
     commands = []
     if getattr(experiment.model, "perturbation", "") == "none":  # it knows of no perturbation that could be asked for
         control = shlex.quote(experiment.spec.control_names[0])
-        if not (experiment.spec.is_unperturbed or experiment.sampling.include_control):
+        if not (experiment.spec.is_unperturbed or experiment.sampling.include_control):  # pyright: ignore[reportAttributeAccessIssue]
             return []
         return [f"scjax predict --run {out} --data {data[0]} --conditions {control} --out predicted.h5ad"]
     data = " --data ".join(data)

@@ -81,7 +81,7 @@ class _Cells:
         self.tables: dict[str, Any] = {}  # of obsm, that are held in memory
         self.graphs: dict[str, Any] = {}  # of obsp
         self._n, self._obs, self._is_zarr = n_cells, [], is_zarr
-        self._group = zarr.open_group(path, mode="w", zarr_format=3) if is_zarr else h5py.File(path, "w")
+        self._group: Any = zarr.open_group(path, mode="w", zarr_format=3) if is_zarr else h5py.File(path, "w")
         self._group.attrs["encoding-type"], self._group.attrs["encoding-version"] = "anndata", "0.1.0"
         for kind in ("layers", "obsm", "obsp", "varm", "varp"):
             write_elem(self._group, kind, {})

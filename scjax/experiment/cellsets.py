@@ -373,7 +373,7 @@ def _sized(config: perturbdiff.Config, data: CellSetData) -> perturbdiff.Config:
 
 
 def _without_space(batch_at: Callable[[int], Any]) -> Callable[[int], Any]:
-    return lambda step, share=None: replace(batch_at(step, share), space=None)
+    return lambda step, share=None: replace(batch_at(step, share), space=None)  # pyright: ignore[reportCallIssue]
 
 
 def _trained_names(data: CellSetData, sampling: CellSetSampling) -> dict[str, list[Any]]:
@@ -530,7 +530,7 @@ def _match(role: str, names: Sequence[str], old: Sequence[str], mend: str, prefi
         )
     return _Rows(
         new=np.array([i for i, name in enumerate(names) if there[name] is not None]),
-        old=np.array([place[there[name]] for name in both]),
+        old=np.array([place[there[name]] for name in both]),  # pyright: ignore[reportArgumentType]
         kept=both,
         fresh=[name for name in names if there[name] is None],
         left_behind=[name for name in old if name not in set(there.values())],

@@ -47,10 +47,13 @@ def observing(
             `DataSpec.check` finds.
     """
     if isinstance(adata, Sequence):
-        adata = join(adata, trained.spec, absent=trained.about["experiment"]["absent"]).adata
-    trained.spec.check(adata, min_cells=1, every_context=False)
-    wanted = list(conditions) and asked_conditions(trained.spec, conditions)
-    known, population_of = trained.spec.read_populations(adata)
+        cells: AnnData = join(adata, trained.spec, absent=trained.about["experiment"]["absent"]).adata
+    else:
+        cells = adata
+    trained.spec.check(cells, min_cells=1, every_context=False)
+    conditions = list(conditions)
+    wanted: list[tuple[str, ...]] = asked_conditions(trained.spec, conditions) if conditions else []
+    known, population_of = trained.spec.read_populations(cells)
     with_controls = [p.context for p in known if p.is_control]
     for context in contexts or ():
         if context not in with_controls:
@@ -71,7 +74,7 @@ def observing(
         if name not in place:
             raise ValueError(f"genes must be among the {len(place)} that training kept; {name!r} is not.")
     columns = np.array([place[name] for name in genes])
-    source, cell_names = open_source(adata, trained.spec), adata.obs_names.to_numpy()
+    source, cell_names = open_source(cells, trained.spec), cells.obs_names.to_numpy()
     rows_of = {p: np.flatnonzero(population_of == known.index(p)) for p in chosen}
     step = cells_at_once(len(source.feature_names))
 

@@ -89,7 +89,7 @@ def project(trained: TrainedTimeSeries, adata: AnnData) -> Float[np.ndarray, "ce
             f"{trained.spec.expression} must have the {len(names)} dimensions of training; "
             f"it has {len(source.feature_names)}. Give cells in the latent space that the model was trained in."
         )
-    return transform_all(source, trained.transform)
+    return np.asarray(transform_all(source, trained.transform))
 
 
 def simulate_cells(
@@ -170,7 +170,7 @@ def predicting(
         rows = np.random.default_rng(seed).choice(len(first), n_cells, replace=n_cells > len(first))
         x0, names = x0[rows], names[rows]
     path = simulate_cells(trained, x0, times, jax.random.key(seed))
-    latent = path.x.reshape(-1, path.x.shape[-1])
+    latent = np.asarray(path.x).reshape(-1, path.x.shape[-1])
     obs = pd.DataFrame(
         {
             "start_cell": pd.Categorical(np.tile(names, len(times))),  # as anndata would write it

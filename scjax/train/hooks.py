@@ -86,7 +86,7 @@ class Progress(Hook):
             from tqdm import tqdm
 
             # Terminals without a width (docker -t) report 0 columns, into which tqdm would fit an empty bar.
-            width = {"dynamic_ncols": True} if _columns(self.file) else {"ncols": 120, "nrows": 24}
+            width: dict[str, Any] = {"dynamic_ncols": True} if _columns(self.file) else {"ncols": 120, "nrows": 24}
             self._bar = tqdm(
                 total=n_steps, initial=step, desc="compiling", unit=" steps", bar_format=_BAR, file=self.file, **width
             )
@@ -103,7 +103,7 @@ class Progress(Hook):
             self.waited += seconds
 
     def on_log(self, step: int, metrics: Mapping[str, float]) -> None:
-        if not self.shown:
+        if not self.shown or self._started is None:
             return
         seconds = max(time.perf_counter() - self._started, 1e-9)
         rate = (step - self._first) / seconds
@@ -165,7 +165,7 @@ class JsonlLogger(Hook):
     def __init__(self, path: str | Path, *, resumed: bool = False):
         self.path = Path(path)
         self.resumed = resumed
-        self._file = None
+        self._file: Any = None
 
     def on_start(self, step: int, n_steps: int) -> None:
         if self.path.exists():
@@ -242,7 +242,7 @@ class TensorBoard(Hook):
             ) from err
         self.folder = Path(folder)
         self.resumed = resumed
-        self._writer = None
+        self._writer: Any = None
 
     def on_start(self, step: int, n_steps: int) -> None:
         from tensorboardX import SummaryWriter
@@ -250,13 +250,11 @@ class TensorBoard(Hook):
         before = list(self.folder.iterdir()) if self.folder.exists() else []
         if before and step == 0 and not self.resumed:
             raise ValueError(f"{self.folder} holds the log of another run; choose another folder, or resume that run.")
-        again = {"purge_step": step + 1} if step or self.resumed else {}
+        again: dict[str, Any] = {"purge_step": step + 1} if step or self.resumed else {}
         # Names are made of the second, and a file of the same name would be overwritten.
         self._writer = SummaryWriter(str(self.folder), filename_suffix=f".{len(before)}", **again)
 
     def on_log(self, step: int, metrics: Mapping[str, float]) -> None:
-        if self._writer is None:
-            raise RuntimeError("on_log comes after on_start, which opens the file.")
         for name, value in metrics.items():
             group = "validation" if name.startswith(VALIDATION) else "train"
             self._writer.add_scalar(f"{group}/{name.removeprefix(VALIDATION)}", value, step)
