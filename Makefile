@@ -2,12 +2,13 @@
 VENV := .venv
 READY := $(VENV)/.ready
 
-.PHONY: help demo test test-slow lint clean
+.PHONY: help demo test test-slow lint types clean
 help:
 	@echo "make demo       fit scIMF to a shipped time series, predict a held-out day, write table and figures"
 	@echo "                (then $(VENV)/bin/scjax demo scdfm: held-out pairs of perturbations)"
 	@echo "make test       run the tests (make test-slow: the long ones)"
 	@echo "make lint       ruff"
+	@echo "make types      pyright (the extra dev, with its own node)"
 	@echo "PYTHON=/path/to/python make ...   sets up with that interpreter"
 
 demo: $(READY)
@@ -23,8 +24,15 @@ lint: $(READY)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 
+types: $(VENV)/.types
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+
 clean:
 	rm -rf $(VENV) .cache
 
 $(READY): pyproject.toml constraints.txt .ci/setup
 	sh .ci/setup $(VENV)
+
+$(VENV)/.types: $(READY)
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@

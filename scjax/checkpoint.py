@@ -314,27 +314,30 @@ def read_about(directory: str | Path, step: int | None = None) -> dict[str, Any]
 
 
 def provenance() -> dict[str, Any]:
-    """Versions, machine and source that produced a checkpoint: an entry for `about`.
+    """Versions, machine and source that produced a checkpoint: an entry for `about`."""
+    return {"versions": versions(), "device": jax.devices()[0].device_kind, "source": source_digest()}
 
-    "source" is a digest of this package's Python files, so that an edited checkout is told from a release.
-    """
-    versions = {}
-    for name in _LIBRARIES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue  # a source checkout on the path, or an optional part that is not installed
+
+def versions() -> dict[str, str]:
+    """Of Python, scjax and the libraries that decide what a checkpoint means."""
     from scjax import __version__
 
+    found = {}
+    for name in _LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # a source checkout on the path, or an optional part that is not installed
+    return found | {"scjax": __version__, "python": platform.python_version()}
+
+
+def source_digest() -> str:
+    """Of this package's Python files, so that an edited checkout is told from a release."""
     package = Path(__file__).parent
-    source = hashlib.blake2b(digest_size=16)
+    digest = hashlib.blake2b(digest_size=16)
     for path in sorted(package.rglob("*.py")):
-        source.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    return {
-        "versions": versions | {"scjax": __version__, "python": platform.python_version()},
-        "device": jax.devices()[0].device_kind,
-        "source": source.hexdigest(),
-    }
+        digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
 
 
 # -- who may write where
@@ -410,7 +413,7 @@ class _Packed(NamedTuple):
 def _pack(arrays: Mapping[str, Any]) -> _Packed:
     packed, n_entries = _Packed({}, {}), 0
     for path, leaf in _paths(dict(arrays)):
-        note = {"jax": isinstance(leaf, jax.Array)}
+        note: dict[str, Any] = {"jax": isinstance(leaf, jax.Array)}
         if _is_key(leaf):
             note["prng"] = str(jax.random.key_impl(leaf))
             leaf = jax.random.key_data(leaf)
@@ -419,8 +422,8 @@ def _pack(arrays: Mapping[str, Any]) -> _Packed:
         n_entries += np.size(leaf)
         value = _whole(leaf)
         if hosts.is_first():
-            packed.leaves[path] = value
-            packed.notes[path] = note | {"shape": list(value.shape), "dtype": value.dtype.name}
+            packed.leaves[path] = value  # pyright: ignore[reportArgumentType]
+            packed.notes[path] = note | {"shape": list(value.shape), "dtype": value.dtype.name}  # pyright: ignore[reportOptionalMemberAccess]
     if not n_entries:
         raise ValueError("arrays must hold at least one array with entries.")
     return packed
@@ -481,7 +484,7 @@ def _nest(flat: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
 
 
 def _is_key(leaf: Any) -> bool:
-    return hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return hasattr(leaf, "dtype") and jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _digest(value: np.ndarray) -> str:

@@ -1,4 +1,4 @@
-"""The command line: scjax demo | train | predict | evaluate | bench | convert | show.
+"""The command line: scjax demo | train | predict | evaluate | bench | convert | show | info.
 
 tyro makes options of the dataclasses.
 """
@@ -78,6 +78,7 @@ class Train:
         vectors: a table of external vectors of the perturbations (.csv, .tsv, .npz, .h5ad, .parquet; or names and
             SMILES), for --model.perturbation vector; put where spec.vectors looks for it.
         keep: newest checkpoints that stay.
+        tensorboard: also log to OUT/tensorboard, for `tensorboard --logdir`; needs the extra `logging`.
         devices: of this machine, that share each step; one if left out. With several processes all devices of all.
         shard_above: spread parameters and optimiser states of so many entries or more over the devices.
         coordinator: HOST:PORT of the first of several processes, each of which runs this command; together with
@@ -101,6 +102,7 @@ class Train:
     verbose: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     vectors: Path | None = None
     keep: int = 3
+    tensorboard: _Flag = False
     devices: int | None = None
     shard_above: int | None = None
     coordinator: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = None
@@ -112,8 +114,9 @@ class Train:
     def execute(self) -> None:
         from scjax import hosts, mesh
         from scjax.experiment import train
-        from scjax.train.hooks import Progress
+        from scjax.train.hooks import Progress, TensorBoard
 
+        more = [TensorBoard(self.out / "tensorboard", resumed=self.resume)] if self.tensorboard else []
         several = hosts.start(self.coordinator, self.n_processes, self.process_id, detect=self.detect_processes)
         first = hosts.is_first()
         shared = None if self.devices is None and not several else mesh.make_mesh(self.devices)
@@ -124,7 +127,9 @@ class Train:
         _attach(adata, self.vectors, self.experiment.spec)
         bar = Progress(self.experiment.cells_per_step, force=True)
         options = {"keep": self.keep, "mesh": shared, "shard_above": self.shard_above}
-        done = train(self.experiment, adata, self.out, resume=self.resume, step=self.step, hooks=[bar], **options)
+        done = train(
+            self.experiment, adata, self.out, resume=self.resume, step=self.step, hooks=[bar, *more], **options
+        )
         if not first:
             return
         lines = _next_commands(self.experiment, done, self.out, self.data, self.vectors)
@@ -161,6 +166,10 @@ class Predict:
         times: time series: in the unit of the data, increasing; they need not have been observed.
         velocity: time series: write the observed cells of `data` with their velocities instead of a prediction; without
             --times, and without chance.
+        bases: with --velocity: embeddings to draw it in, umap for obsm["X_umap"].
+        partners: with --velocity: of each cell so many that it attends to most, in obsp["interaction"].
+        observed: perturbations, cell sets: another .h5ad or .zarr to write, for tools that compare two files: the
+            observed cells of the conditions, in the form of the prediction. Both files then hold the control cells too.
         conditions: what to do to the cells, A or A+B, in any order; they need not have been observed.
         contexts: the values of the covariates, joined by " | ", to do it in; all that have controls if left out.
         on_unknown: what stands for a condition that training never saw.
@@ -188,6 +197,9 @@ class Predict:
     verbose: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     times: tuple[float, ...] = ()
     velocity: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    bases: tuple[str, ...] = ()
+    partners: int | None = None
+    observed: Path | None = None
     conditions: tuple[str, ...] = ()
     contexts: tuple[str, ...] = ()
     on_unknown: Literal["error", "mean", "nearest"] = "error"
@@ -208,7 +220,11 @@ class Predict:
         from scjax.predict.timeseries import predicting_velocity
 
         check_new_file(self.out)
-        trained = predict.load(self.run, self.step)
+        if self.observed is not None:
+            check_new_file(self.observed)
+            if self.observed.resolve() == self.out.resolve():
+                raise ValueError(f"--out and --observed are two files; both are {self.out}.")
+        trained: Any = predict.load(self.run, self.step)  # of the kind that is looked up next
         kind = trained.about["experiment"]["kind"]
         self.check_options(kind)
         title = predict.model_title(trained.config)
@@ -217,8 +233,9 @@ class Predict:
         on_disk = _stays_on_disk(self.data, self.on_disk, self.in_memory)
         adata = _read_data(self.data, kind, trained.about, on_disk=on_disk)
         _attach(adata, self.vectors, trained.spec, every=False)
+        real = None
         if self.velocity:
-            made = predicting_velocity(trained, adata)
+            made = predicting_velocity(trained, adata, bases=self.bases, n_partners=self.partners)
         elif kind == "TimeSeriesExperiment":
             made = predict.predicting(trained, adata, self.times, n_cells=self.n_cells, seed=self.seed)
         else:
@@ -226,25 +243,30 @@ class Predict:
             given = {name: getattr(self, name) for name in options}
             given = {name: None if value == () else value for name, value in given.items()}
             made = predict.predicting(trained, adata, self.conditions, **given)
+            if self.observed is not None:
+                which: dict[str, Any] = {"contexts": given["contexts"], "genes": made.genes}
+                real = predict.observing(trained, adata, self.conditions, **which)
+                made = made.then(predict.observing(trained, adata, **which))
             for name, stand_in in json.loads(made.uns["scjax"]["replaced"]).items():
                 print(f"{name} was in no training population; in its place: {stand_in}")
             for name, told in json.loads(made.uns["scjax"]["unseen"]).items():
                 print(f"{name}: {told}")
         written = made.write(self.out)
         print(f"{written.n_obs} cells x {written.n_vars} genes from step {trained.step} written to {self.out}")
+        if real is not None and self.observed is not None:
+            print(f"{real.write(self.observed).n_obs} observed cells of the same genes written to {self.observed}")
 
     def check_options(self, kind: str) -> None:
         is_series = kind == "TimeSeriesExperiment"
         of_kind = {
-            "TimeSeriesExperiment": ("a time series", "--times", ("times", "velocity")),
+            "TimeSeriesExperiment": ("a time series", "--times", ("times", "velocity", "bases", "partners")),
             "PerturbationExperiment": ("perturbations", "--conditions", _OPTIONS["PerturbationExperiment"]),
             "CellSetExperiment": ("cell sets", "--conditions", _OPTIONS["CellSetExperiment"]),
         }
-        all_options = {"conditions", "contexts", "on_unknown", "vectors", *_HOW}.union(
-            *(names for *_, names in of_kind.values())
-        )
+        of_perturbations = ("conditions", "contexts", "on_unknown", "vectors", "observed", *_HOW)
+        all_options = {*of_perturbations}.union(*(names for *_, names in of_kind.values()))
         title, wants, allowed = of_kind[kind]
-        allowed = {*allowed, *(() if is_series else ("conditions", "contexts", "on_unknown", "vectors", *_HOW))}
+        allowed = {*allowed, *(() if is_series else of_perturbations)}
         wrong = [
             f.name
             for f in dataclasses.fields(self)
@@ -259,6 +281,8 @@ class Predict:
             raise ValueError("give --times for a prediction, or --velocity for the velocities of observed cells.")
         if self.velocity and (self.n_cells is not None or self.seed):
             raise ValueError("--n-cells and --seed are of a prediction; with --velocity leave them out.")
+        if not self.velocity and (self.bases or self.partners is not None):
+            raise ValueError("--bases and --partners are of the velocities of observed cells; they need --velocity.")
         if not is_series and not self.conditions:
             raise ValueError("give --conditions for a prediction, such as A or A+B.")
 
@@ -366,7 +390,7 @@ class Evaluate:
             print(report.render(table))
             lines = (report.verdict(table, name, metric.name) for name in models for metric in table.metrics)
             print("\n".join(lines) + "\n")
-        if kept is not None:
+        if kept is not None and self.out is not None:
             page.write(self.out, tables, kept, formats=self.formats)
             print(f"report, tables and numbers written to {self.out}; open {self.out / 'report.html'} in a browser")
         elif self.out is not None:
@@ -405,10 +429,10 @@ class Evaluate:
         for name in ("real", "space"):
             if getattr(self, name) is None:
                 raise ValueError(f"--predicted needs --{name}; see `scjax evaluate --help`.")
-        control = {"control": self.control} if self.control else {}
+        control: dict[str, Any] = {"control": self.control} if self.control else {}
         spec = DataSpec(
             expression=self.expression,
-            space=self.space,
+            space=self.space,  # pyright: ignore[reportArgumentType]
             perturbation=self.perturbation,
             time=self.time,
             covariates=self.contexts,
@@ -608,10 +632,11 @@ def _read_genes(path: Path) -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Show:
-    """Tell what a preset, a run, a settings file or a data file holds; without an argument, list the presets.
+    """Tell what a preset, a run, a checkpoint, a file of settings, split or data holds; without an argument, list the
+    presets.
 
     Attributes:
-        what: name of a preset, folder of a run, .json, .h5ad or .zarr.
+        what: name of a preset, folder of a run or of a checkpoint, .json of settings or of a split, .h5ad or .zarr.
         settings: of a preset, a run or a .json: only its settings, as JSON for `scjax train --config`.
     """
 
@@ -620,6 +645,16 @@ class Show:
 
     def execute(self) -> None:
         print(to_json(_settings(self.what)) if self.settings else _shown(self.what), end="")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Info:
+    """Print versions, devices and flags as a block for a bug report, without names of users, machines or files."""
+
+    def execute(self) -> None:
+        from scjax.info import information
+
+        print(f"```\n{information()}```")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -641,6 +676,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     "bench": Bench,
                     "convert": Convert,
                     "show": Show,
+                    "info": Info,
                 },
                 prog="scjax",
                 description="Generative models of single-cell populations. `scjax COMMAND --help` tells its options.",
@@ -731,7 +767,7 @@ def _parse_train(arguments: list[str]) -> Train:
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Chosen(Train):
-        experiment: Annotated[tyro.conf.AvoidSubcommands[type(chosen)], tyro.conf.arg(name="")] = chosen
+        experiment: Annotated[tyro.conf.AvoidSubcommands[type(chosen)], tyro.conf.arg(name="")] = chosen  # pyright: ignore[reportInvalidTypeForm]
 
     Chosen.__doc__ = Train.__doc__
     return tyro.cli(Chosen, prog="scjax train", args=arguments)
@@ -779,18 +815,47 @@ def _shown(what: str) -> str:
         )
     if path.suffix in (".h5ad", ".zarr"):
         return _shown_data(path)
-    return _shown_run(path) if path.is_dir() else to_json(read_experiment(path))
+    if path.is_dir():
+        return _shown_run(path)
+    if path.suffix != ".json":
+        raise ValueError(
+            f"{what} cannot be shown: give a preset, the folder of a run or a checkpoint, .json of settings or of a "
+            "split, .h5ad or .zarr."
+        )
+    return _shown_json(path)
+
+
+def _shown_json(path: Path) -> str:
+    """Settings, or a split with its rule."""
+    from scjax.data.splits import load_split
+
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        tree = None  # read_experiment says what is wrong
+    if not isinstance(tree, dict) or not {"rule", "train"} <= tree.keys():
+        return to_json(read_experiment(path))
+    told = to_dict(load_split(path))
+    return "\n".join([f"{path}: a split", *_shown_split(told), json.dumps(told["rule"], indent=2)]) + "\n"
 
 
 def _shown_data(path: Path) -> str:
-    adata = _read(path)
-    lines = [f"{path}: {adata.n_obs} cells x {adata.n_vars} genes"]
+    adata = _read(path, _size(path) > _LARGE)
+    lines = [f"{path}: {adata.n_obs} cells x {adata.n_vars} genes", *_shown_record(adata.uns)]
     lines += [f"  obs {column}: {_shown_column(adata.obs[column])}" for column in adata.obs]
-    for kind in ("layers", "obsm", "uns"):
-        keys = [str(k) for k in getattr(adata, kind) if k is not None]
+    for kind in ("layers", "obsm", "obsp", "uns"):
+        keys = [str(k) for k in getattr(adata, kind, ()) if k is not None]
         if keys:
             lines.append(f"  {kind}: {', '.join(keys)}")
     return "\n".join(lines) + "\n"
+
+
+def _shown_record(uns: Any) -> list[str]:
+    """Of a prediction: what made it."""
+    made = uns.get("scjax")
+    if made is None:
+        return []
+    return [f"  made by scjax {made['version']}, run {made['run']}, step {made['step']}: {made['space']}"]
 
 
 def _shown_column(values: Any) -> str:
@@ -805,20 +870,27 @@ def _shown_column(values: Any) -> str:
 
 
 def _shown_run(path: Path) -> str:
+    """A run, the folder of its checkpoints, or that of one of them."""
     from scjax import checkpoint
 
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    steps, damaged = checkpoint.list_steps(folder), []
-    about = None
+    steps, wanted = checkpoint.list_steps(folder), None
+    if not steps and path.name.isdecimal() and int(path.name) in checkpoint.list_steps(path.resolve().parent):
+        folder, wanted = path.resolve().parent, int(path.name)
+        steps = (wanted,)
+    if not steps and (path / "experiment.json").exists():
+        settings = to_json(read_experiment(path))
+        return "\n".join([f"{path}: a run without a checkpoint yet", *_shown_log(path), settings])
+    damaged, newest = [], None
     for step in reversed(steps):
         try:
             found = checkpoint.read(folder, step)
         except ValueError as err:
             damaged.append(f"  DAMAGED, step {step}: {err}")
             continue
-        about = about or found.about
-    if about is None:  # says what is wrong: no checkpoint, or none that is whole
-        about = checkpoint.read_about(folder)
+        newest = newest or found
+    # Without any the document says what is wrong: no checkpoint, or none that is whole.
+    about = newest.about if newest else checkpoint.read_about(folder, wanted)
     if "converted" in about:
         from scjax import convert
 
@@ -827,6 +899,8 @@ def _shown_run(path: Path) -> str:
         f"{path}: {about['kind']}, run {about['run']}",
         f"  checkpoints: steps {', '.join(map(str, steps))}",
         *damaged,
+        *_shown_log(path),
+        *([_shown_parameters(newest)] if newest else []),
         f"  data: {about['data']['n_cells']} cells, digest {about['data']['digest']}",
         *_shown_split(about["split"]),
         f"  genes: {len(about['transform']['feature_names'])}",
@@ -834,6 +908,31 @@ def _shown_run(path: Path) -> str:
         f"  made with: {', '.join(f'{name} {v}' for name, v in about['provenance']['versions'].items())}",
     ]
     return "\n".join([*lines, json.dumps(about["experiment"], indent=2)]) + "\n"
+
+
+def _shown_parameters(found: Any) -> str:
+    import jax
+
+    from scjax.predict.record import predicting_params
+
+    leaves = jax.tree.leaves(predicting_params(found.arrays["state"]))
+    return f"  parameters: {sum(leaf.size for leaf in leaves):,} in {len(leaves)} arrays (step {found.step})"
+
+
+def _shown_log(run: Path) -> list[str]:
+    """The last whole line of the log of a run, and whether it failed."""
+    from scjax.train.hooks import read_log
+
+    lines = read_log(run / "metrics.jsonl")
+    told = []
+    if lines:
+        last = {name: value for name, value in lines[-1].items() if name not in ("step", "seconds", "waited")}
+        values = ", ".join(f"{name} {value:.4g}" for name, value in last.items())
+        told.append(f"  log: {len(lines)} lines, the last of step {lines[-1]['step']}: {values}")
+    if (run / "failed.json").exists():
+        failed = json.loads((run / "failed.json").read_text(encoding="utf-8"))
+        told.append(f"  FAILED: {failed['message']}")
+    return told
 
 
 def _shown_split(split: dict[str, Any]) -> list[str]:
@@ -858,7 +957,7 @@ def _next_commands(
     commands = []
     if getattr(experiment.model, "perturbation", "") == "none":  # it knows of no perturbation that could be asked for
         control = shlex.quote(experiment.spec.control_names[0])
-        if not (experiment.spec.is_unperturbed or experiment.sampling.include_control):
+        if not (experiment.spec.is_unperturbed or experiment.sampling.include_control):  # pyright: ignore[reportAttributeAccessIssue]
             return []
         return [f"scjax predict --run {out} --data {data[0]} --conditions {control} --out predicted.h5ad"]
     data = " --data ".join(data) + (f" --vectors {shlex.quote(str(vectors))}" if vectors is not None else "")

@@ -54,7 +54,7 @@ def from_dict(cls: type[T], values: Any, at: str = "") -> T:
     if not isinstance(values, Mapping):
         raise ValueError(f"{at or cls.__name__} must be an object of fields; got {values!r}.")
     hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}
+    fields = {f.name: f for f in dataclasses.fields(typing.cast(Any, cls))}
     for key in values:
         if key not in fields:
             raise ValueError(
@@ -138,8 +138,12 @@ def _alternatives(hint: Any) -> tuple[Any, ...]:
     return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
+def _is_class(hint: Any) -> bool:
+    return dataclasses.is_dataclass(hint)
+
+
 def _is_tagged(hint: Any) -> bool:
-    return sum(dataclasses.is_dataclass(a) for a in _alternatives(hint)) > 1
+    return sum(_is_class(a) for a in _alternatives(hint)) > 1
 
 
 def _plain(value: Any, hint: Any) -> Any:
@@ -156,7 +160,7 @@ def _typed(value: Any, hint: Any, at: str) -> Any:
     if len(alternatives) > 1:
         return _typed_union(value, alternatives, at)
     origin = typing.get_origin(hint)
-    if dataclasses.is_dataclass(hint):
+    if _is_class(hint):
         return value if isinstance(value, hint) else from_dict(hint, value, at)
     if origin is typing.Literal:
         if value not in typing.get_args(hint):
@@ -180,7 +184,7 @@ def _typed(value: Any, hint: Any, at: str) -> Any:
     if hint in (int, float, str, bool):
         if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
             raise ValueError(f"{at} must be {hint.__name__}; got {value!r}.")
-        if hint is int and not -(2**63) <= value < 2**63:
+        if hint is int and isinstance(value, int) and not -(2**63) <= value < 2**63:
             raise ValueError(f"{at} must be a number of at most 64 bits; got {value}.")
         return value
     return value
@@ -189,7 +193,7 @@ def _typed(value: Any, hint: Any, at: str) -> Any:
 def _typed_union(value: Any, alternatives: tuple[Any, ...], at: str) -> Any:
     if value is None and type(None) in alternatives:
         return None
-    classes = {a.__name__: a for a in alternatives if dataclasses.is_dataclass(a)}
+    classes = {a.__name__: a for a in alternatives if _is_class(a)}
     if len(classes) > 1 and not isinstance(value, tuple(classes.values())):
         kind = value.get("kind") if isinstance(value, Mapping) else None
         if not isinstance(kind, str) or kind not in classes:
@@ -198,7 +202,7 @@ def _typed_union(value: Any, alternatives: tuple[Any, ...], at: str) -> Any:
                 f"{at} must be an object whose kind is one of {', '.join(map(repr, classes))}; got {got}."
                 f"{suggestion(kind or value, classes)}"
             )
-        return from_dict(classes[kind], {k: v for k, v in value.items() if k != "kind"}, at)
+        return from_dict(classes[kind], {k: v for k, v in value.items() if k != "kind"}, at)  # pyright: ignore[reportOptionalMemberAccess]
     errors = []
     for alternative in alternatives:
         if alternative is type(None):

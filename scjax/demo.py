@@ -133,7 +133,7 @@ def _finish_time_series(
         word = "help" if with_ < without else "do not help"
         print(f"Interactions {word} here: W1 is {with_:.3f} with them and {without:.3f} without.")
 
-    trained = load(runs[_WITH][0])
+    trained: Any = load(runs[_WITH][0])
     held_out = tuple(trained.about["split"]["held_out"])
     predicted, moving = predict(trained, adata, held_out), velocity(trained, adata)
     predicted.write_h5ad(out / "predictions.h5ad")
@@ -178,7 +178,7 @@ def _predict_perturbations(adata: Any, runs: Mapping[str, Sequence[Path]]) -> di
     from scjax.predict import load, predict
 
     def of(folder: Path) -> Any:
-        trained = load(folder)
+        trained: Any = load(folder)
         return predict(trained, adata, [p.condition for p in trained.split.test])
 
     return {name: [of(folder) for folder in folders] for name, folders in runs.items()}
@@ -219,7 +219,7 @@ def _predict_cell_sets(adata: Any, runs: Mapping[str, Sequence[Path]]) -> dict[s
     from scjax.types import Population
 
     def of(folder: Path) -> Any:
-        trained = load(folder)
+        trained: Any = load(folder)
         test = trained.split.test
         made = predict(trained, adata, sorted({p.condition for p in test}))
         keys = zip(made.obs["condition"].map(trained.spec.parse_condition), made.obs["context"], strict=True)
@@ -334,9 +334,9 @@ def _held_out(runs: Mapping[str, Sequence[Path]], adata: Any, predicted: Mapping
     from scjax.predict.populations import predicted_cells
 
     name = next(iter(runs))
-    trained = load(runs[name][0])
+    trained: Any = load(runs[name][0])
     observed = cellsets.observed_cells if isinstance(trained, cellsets.TrainedCellSets) else observed_cells
-    training, real = (observed(trained, adata, part) for part in (trained.split.train, trained.split.test))
+    training, real = (observed(trained, adata, part) for part in (trained.split.train, trained.split.test))  # pyright: ignore[reportArgumentType]
     control = {p.context: cells for p, cells in training.items() if p.is_control}
     return _HeldOut(name, trained, training, control, real, predicted_cells(trained, predicted[name][0], real))
 
@@ -351,7 +351,7 @@ def _draw_effects(out: Path, held_out: _HeldOut, table: Any, *, baseline: str) -
     rule = {p: fitted.predict(p)[baseline].delta for p in real}
     axes = perturbation.delta_scatter(
         *({p: held_out.delta(x, p) for p, x in cells.items()} for cells in (real, made)),
-        genes,
+        genes,  # pyright: ignore[reportCallIssue]
         baseline={p: delta for p, delta in rule.items() if delta is not None},
         baseline_name=baseline,
         predicted_name=held_out.name,

@@ -146,7 +146,7 @@ def _of_environment() -> dict[str, str]:
 
 def _whole(name: str, value: int | str | None) -> int:
     try:
-        return int(value)
+        return int(value)  # pyright: ignore[reportArgumentType]  # None is a TypeError
     except (TypeError, ValueError) as err:
         raise ValueError(f"{name} must be a whole number; got {value!r}.") from err
 

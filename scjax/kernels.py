@@ -47,7 +47,7 @@ def squared_distances(x: Float[Array, "n dims"], y: Float[Array, "m dims"]) -> F
     # Accelerators would multiply in bfloat16 or TF32 by default, which costs three digits of every distance.
     with jax.numpy_rank_promotion("allow"), jax.default_matmul_precision("highest"):
         geometry = pointcloud.PointCloud(x - centre, y - centre, cost_fn=costs.SqEuclidean())
-        return jnp.maximum(geometry.cost_matrix, 0)
+        return jnp.maximum(geometry.cost_matrix, 0)  # pyright: ignore[reportArgumentType]
 
 
 def distances(x: Float[Array, "n dims"], y: Float[Array, "m dims"]) -> Float[Array, "n m"]:
@@ -89,7 +89,7 @@ def product_distances(
     diagonal = jnp.eye(x.shape[0], dtype=bool) if within else None
     far = jax.lax.stop_gradient(squared)
     if within:
-        far = jnp.where(diagonal, jnp.inf, far)
+        far = jnp.where(diagonal, jnp.inf, far)  # pyright: ignore[reportArgumentType]
     if weights_y is not None:
         far = jnp.where(weights_y[None] > 0, far, jnp.inf)
     nearest = jnp.argmin(far, axis=1)
@@ -98,7 +98,7 @@ def product_distances(
     squared = jnp.where(is_nearest, exact[:, None], squared)
     coincide = squared <= jnp.where(is_nearest, 0, 64 * jnp.finfo(x.dtype).eps * jax.lax.stop_gradient(norms))
     if within:
-        coincide |= diagonal
+        coincide |= diagonal  # pyright: ignore[reportOperatorIssue]
     return jnp.where(coincide, 0, jnp.sqrt(jnp.where(coincide, 1, squared)))
 
 

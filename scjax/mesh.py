@@ -187,7 +187,7 @@ def shardings(tree: Any, mesh: Mesh, shard_above: int | None = None) -> tuple[An
     whole = []
 
     def one(path: Any, leaf: Any) -> NamedSharding:
-        is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        is_key = jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
         if shard_above is None or is_key or leaf.size < shard_above or mesh.size == 1:
             return NamedSharding(mesh, PartitionSpec())
         axes = [axis for axis, n in enumerate(leaf.shape) if n and n % mesh.size == 0]
@@ -223,7 +223,7 @@ def put(leaf: Any, sharding: Sharding) -> jax.Array:
     """An array, or a random key, that every process has, laid out on the devices of all of them."""
     if isinstance(leaf, jax.Array) and leaf.committed and leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
         return leaf
-    if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if isinstance(leaf, jax.Array) and jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return jax.random.wrap_key_data(put(jax.random.key_data(leaf), sharding), impl=jax.random.key_impl(leaf))
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         return jax.device_put(leaf, sharding)

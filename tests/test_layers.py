@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "experiment": WORDS | MATHEMATICS | SERVICES | THIRD | {"data", "models"},
     "presets": WORDS | MATHEMATICS | SERVICES | THIRD | {"data", "models", "experiment"},
 }
-TOP = {"bench", "cli", "demo", "page", "__main__"}  # may import all
+TOP = {"bench", "cli", "demo", "info", "page", "__main__"}  # may import all
 
 # Where a library may be imported; jax, jaxtyping and numpy may be everywhere.
 HOMES = {
@@ -43,11 +43,12 @@ HOMES = {
     "zarr": {"data"},
     "sklearn": {"data"},
     "igraph": {"metrics"},
-    "scipy": {"data", "metrics", "experiment"},
+    "scipy": {"data", "metrics", "experiment", "predict"},  # predict: sparse graphs
     "ot": {"metrics"},
     "orbax": {"checkpoint"},
     "optax": {"train"},
     "tqdm": {"train"},
+    "tensorboardX": {"train"},  # not installed everywhere
     "matplotlib": {"plot"},
     "tyro": {"cli"},
     "torch": {"convert"},
@@ -70,6 +71,7 @@ LAZY = {
     "igraph",
     "matplotlib",
     "pyarrow",
+    "tensorboardX",
 }
 
 MODULES = sorted(PACKAGE.rglob("*.py"))

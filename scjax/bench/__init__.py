@@ -121,7 +121,7 @@ def _bench(
     _write(out / "results.json", json.dumps(everything, indent=1) + "\n")
     report = render(everything)
     _write(out / "report.md", report)
-    failed = tuple(name for name, record in results.items() if record["status"] == _FAILED)
+    failed = tuple(name for name, record in results.items() if record and record["status"] == _FAILED)
     return Outcome(report, failed, len(cells) - len(failed))
 
 

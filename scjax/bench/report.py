@@ -42,7 +42,7 @@ def comparisons(table: ResultTable | PerturbationTable, model: str) -> list[dict
         for other in table.of_kind("baseline") if loss is not None else ():
             ours, theirs, spread = _sides(table, table.row(model), other, metric.name)
             with np.errstate(divide="ignore", invalid="ignore"):
-                losses, limit = loss(ours), float(loss(theirs))
+                losses, limit = loss(ours), float(loss(theirs))  # pyright: ignore[reportOptionalCall]
             if spread is None:
                 spread = float(np.std(losses, ddof=1)) if len(losses) > 1 else 0.0
             found.append(
@@ -147,17 +147,17 @@ def _summary(values: Sequence[tuple[str, int, float | None]]) -> str:
     finite = [one for one in values if one[2] is not None]
     if not finite:
         return "no value."
-    told = f"mean ratio {np.mean([ratio for *_, ratio in finite]):.3f} over {len(finite)} held-out times"
-    told += f", at most 1 at {sum(ratio <= 1 for *_, ratio in finite)} of {len(values)}"
+    told = f"mean ratio {np.mean([ratio for *_, ratio in finite]):.3f} over {len(finite)} held-out times"  # pyright: ignore[reportArgumentType, reportCallIssue]
+    told += f", at most 1 at {sum(ratio <= 1 for *_, ratio in finite)} of {len(values)}"  # pyright: ignore[reportOptionalOperand]
     many = [(data, ratio) for data, n, ratio in finite if n >= 4]
     if many:
         of_set: dict[str, list[float]] = {}
         for data, ratio in many:
-            of_set.setdefault(data, []).append(ratio)
+            of_set.setdefault(data, []).append(ratio)  # pyright: ignore[reportArgumentType]
         told += (
-            f"; sets with four times or more: {np.mean([ratio for _, ratio in many]):.3f} over {len(many)} times, "
+            f"; sets with four times or more: {np.mean([ratio for _, ratio in many]):.3f} over {len(many)} times, "  # pyright: ignore[reportArgumentType, reportCallIssue]
             f"{np.mean([np.mean(ratios) for ratios in of_set.values()]):.3f} over {len(of_set)} sets, at most 1 at "
-            f"{sum(ratio <= 1 for _, ratio in many)} of {len(many)}"
+            f"{sum(ratio <= 1 for _, ratio in many)} of {len(many)}"  # pyright: ignore[reportOptionalOperand]
         )
     return told + (f"; {len(values) - len(finite)} failed." if len(finite) < len(values) else ".")
 

@@ -333,9 +333,9 @@ def prepare_cell_sets(
         written=spec.read_spellings(adata) if perturbed else (),
         perturbed=perturbed,
     )
-    source_of = np.zeros(adata.n_obs, np.int32)
+    source_of = np.zeros(adata.n_obs, np.int32)  # pyright: ignore[reportAttributeAccessIssue]
     if measured is not None:
-        source_of = np.array([sources.index(name) for name in adata.obs[SOURCE]], np.int32)
+        source_of = np.array([sources.index(name) for name in adata.obs[SOURCE]], np.int32)  # pyright: ignore[reportAttributeAccessIssue]
     names, covariates = _covariates(adata, spec, populations, population_of, sources)
     part = part_of_cells(split, populations, population_of, spec, control_seed)
 

@@ -183,7 +183,7 @@ def make_cell_set_batches(
             control = np.zeros((*rows.shape, data.n_genes), data.x.dtype)
         else:
             rng = np.random.default_rng([seed, step, _CONTROL_STREAM])
-            control = _cells(data.x, data.pools.draw(rng, rows), share)
+            control = _cells(data.x, data.pools.draw(rng, rows), share)  # pyright: ignore[reportOptionalMemberAccess]
         source = data.source[rows[:, 0]]
         return CellSetBatch(
             cells=_cells(data.x, rows, share),

@@ -283,7 +283,7 @@ def read_kinds(
             found.incomplete.add(i)
         else:
             try:
-                spelling = _spelling(names, doses, separator, control, joined=isinstance(perturbation, str))
+                spelling = _spelling(names, doses, separator, control, joined=isinstance(perturbation, str))  # pyright: ignore[reportArgumentType]
                 parts = tuple(sorted(name for name in spelling if name != CONTROL))
             except _DoseError as err:
                 found.dose_problems[i] = f"dose: {err}"
@@ -333,9 +333,9 @@ def _dosed(
 ) -> list[str]:
     if len(doses) < len(names):  # one column: a dose for all names, or one a name
         shared = doses[0] is None or _number(doses[0]) is not None
-        doses = doses * len(names) if shared else tuple(doses[0].split(separator))
+        doses = doses * len(names) if shared else tuple(doses[0].split(separator))  # pyright: ignore[reportOptionalMemberAccess]
         if len(doses) != len(names):
-            raise _DoseError(f"{separator.join(doses)!r} has {len(doses)} numbers for the {len(names)} of {whole!r}.")
+            raise _DoseError(f"{separator.join(doses)!r} has {len(doses)} numbers for the {len(names)} of {whole!r}.")  # pyright: ignore[reportArgumentType]
     dosed = []
     for name, given in zip(names, doses, strict=True):
         if name in control or not name:

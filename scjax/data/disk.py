@@ -120,7 +120,8 @@ class _Element(DiskMatrix):
             raise ValueError(
                 f"{place} must be a matrix of numbers; its shape is {tuple(self._data.shape)}, its dtype {dtype}."
             )
-        super().__init__(tuple(map(int, self._data.shape)), dtype, is_sparse)
+        n, width = map(int, self._data.shape)
+        super().__init__((n, width), dtype, is_sparse)
 
     def _read(self, start: int, stop: int) -> Any:
         from scipy import sparse
@@ -140,8 +141,9 @@ class _Element(DiskMatrix):
 
         try:
             if not self.is_sparse:
-                by_number = hasattr(self._data, "oindex") and not isinstance(rows, slice)  # of zarr
-                return np.asarray(self._data.oindex[rows] if by_number else self._data[rows])
+                data: Any = self._data
+                by_number = hasattr(data, "oindex") and not isinstance(rows, slice)  # of zarr
+                return np.asarray(data.oindex[rows] if by_number else data[rows])
             with self._whole():
                 part = sparse.csr_matrix(self._data[rows])
             if not part.has_canonical_format:  # a value in two pieces
@@ -363,7 +365,7 @@ def open_cells(path: Path) -> CellsOnDisk:
     except Exception as err:
         err.add_note(f"While reading {path}: it is damaged or was not written by anndata. Write it again.")
         raise
-    return CellsOnDisk(obs, var, x, **found, uns=uns)
+    return CellsOnDisk(obs, var, x, **found, uns=uns)  # pyright: ignore[reportArgumentType]
 
 
 def _opened(path: Path) -> Any:

@@ -111,7 +111,7 @@ class Evidence:
         """0 train, 1 validation, 2 test, 3 controls of all parts, -1 none; the last of them for what is in several."""
         if self.given_part is not None:
             return self.given_part
-        if self.is_series:
+        if isinstance(self.split, TimeSplit):
             part = np.where(np.isin(self.time, self.split.train), 0, -1)
             return np.where(np.isin(self.time, self.split.held_out), 2, part).astype(np.int8)
         number = {p: i for i, populations in enumerate(self.parts.values()) for p in populations}
@@ -142,7 +142,7 @@ class Evidence:
     @cached_property
     def held_out_groups(self) -> dict[str, np.ndarray]:
         """The rows of each test population, or of each held-out time, by its name."""
-        if self.is_series:
+        if isinstance(self.split, TimeSplit):
             return {f"time {t:g}": np.flatnonzero(self.time == t) for t in sorted(set(self.split.held_out))}
         place = {p: i for i, p in enumerate(self.populations)}
         test = [p for p in sorted(set(self.parts["test"])) if p in place]
@@ -210,7 +210,7 @@ class Evidence:
     @cached_property
     def missing_genes(self) -> tuple[str, ...]:
         """Those that the transform needs and the data lack."""
-        return tuple(sorted(set(self.transform.input_names) - set(self.features)))
+        return tuple(sorted(set(self.transform.input_names) - set(self.features)))  # pyright: ignore[reportOptionalMemberAccess]
 
     @cached_property
     def gene_choice(self) -> Origin | None:
@@ -220,7 +220,7 @@ class Evidence:
             return None
         if steps.n_top_genes is None and not (steps.library_size is not None and steps.target_sum == "median"):
             return None
-        kept = set(self.transform.feature_names)
+        kept = set(self.transform.feature_names)  # pyright: ignore[reportOptionalMemberAccess]
         names = () if self.is_series else trained_names(self.populations)  # may have been kept whatever they vary
         forced = [name for name in names if name in kept]
         few = _FEW_GENES * len(kept)
@@ -228,12 +228,12 @@ class Evidence:
 
         def away(rows: np.ndarray) -> tuple[int, bool]:
             again = fit(steps, self.rows(rows), self.features, self.spec.space, forced)
-            same = steps.library_size is None or np.isclose(again.target_sum, self.transform.target_sum, rtol=_SAME)
+            same = steps.library_size is None or np.isclose(again.target_sum, self.transform.target_sum, rtol=_SAME)  # pyright: ignore[reportOptionalMemberAccess]
             return len(set(again.feature_names) - kept), bool(same)
 
         train = away(np.flatnonzero(self.is_train))
         told = f"{train[0]} of the {len(kept)} kept genes are not those that the training cells choose"
-        told += "" if train[1] else f"; the median total is {self.transform.target_sum:g}, not theirs"
+        told += "" if train[1] else f"; the median total is {self.transform.target_sum:g}, not theirs"  # pyright: ignore[reportOptionalMemberAccess]
         if train != (0, True) and not self.is_train.all():
             every = away(np.arange(len(self.part)))
             if every == (0, True) or (every[1] and every[0] < min(train[0], few)):
@@ -276,7 +276,7 @@ class Evidence:
         alive = std > 1e-6 * widest
         correlation = covariance[np.ix_(alive, alive)] / np.outer(std[alive], std[alive])
         between = correlation[~np.eye(len(correlation), dtype=bool)]
-        return Projection(float(np.abs(mean + shift[0]).max()) / widest, float(np.abs(between).max(initial=0.0)))
+        return Projection(float(np.abs(mean + shift[0]).max()) / widest, float(np.abs(between).max(initial=0.0)))  # pyright: ignore[reportArgumentType]
 
     def control_profiles(self) -> tuple[tuple[str, ...], Float[np.ndarray, "contexts genes"]]:
         """The mean expression of the control cells of each context, log-normalised; contexts sorted."""
@@ -326,12 +326,12 @@ class _Moments:
         mean = self.x / self.n
         std = np.sqrt(np.maximum(self.x2 / self.n - mean**2, 0.0))
         varies = std > 1e-9 * max(float(std.max()), np.finfo(np.float64).tiny)
-        away = [np.abs(mean[varies]) / std[varies]]
+        away = [np.abs(mean[varies]) / std[varies]]  # pyright: ignore[reportIndexIssue]
         if transform.preprocess.scale:
             away.append(np.abs(transform.std[varies] / std[varies] - 1))
         if transform.components is not None and self.n > 1:
             variance = (self.z2 - self.z**2 / self.n) / (self.n - 1)
-            away.append(np.abs(variance - transform.explained_variance) / transform.explained_variance.max())
+            away.append(np.abs(variance - transform.explained_variance) / transform.explained_variance.max())  # pyright: ignore[reportOperatorIssue, reportOptionalMemberAccess]
         return float(np.concatenate(away).max(initial=0.0))
 
 

@@ -95,7 +95,7 @@ def neighbour_table(
 
 def _correlation(x: Any, log1p: bool) -> Float[np.ndarray, "genes genes"]:
     """Of each pair of genes; 0 on the diagonal and wherever a gene does not vary."""
-    from scipy.linalg.blas import dsyrk
+    from scipy.linalg.blas import dsyrk  # pyright: ignore[reportAttributeAccessIssue]  # made when scipy is built
 
     x = as_sliceable(x)
     n_cells, n_genes = x.shape

@@ -166,7 +166,7 @@ def _rule(name: str, severity: Severity) -> Callable[[_Find], _Find]:
             for found, seen, mend in find(evidence):
                 yield Finding(name, found, seen, mend)
 
-        _rules.append(Rule(name, severity, " ".join(find.__doc__.split()), findings))
+        _rules.append(Rule(name, severity, " ".join(find.__doc__.split()), findings))  # pyright: ignore[reportOptionalMemberAccess]
         return find
 
     return register
@@ -178,7 +178,10 @@ def _rule(name: str, severity: Severity) -> Callable[[_Find], _Find]:
 @_rule("test-in-training", "error")
 def _test_in_training(e: Evidence) -> Iterator[_Seen]:
     """A population or a time that is both for training and for test."""
-    train, test = (e.split.train, e.split.held_out) if e.is_series else (e.parts["train"], e.parts["test"])
+    if isinstance(e.split, TimeSplit):
+        train, test = e.split.train, e.split.held_out
+    else:
+        train, test = e.parts["train"], e.parts["test"]
     both = sorted(set(train) & set(test))
     if both:
         yield (
@@ -193,7 +196,8 @@ def _test_as_validation(e: Evidence) -> Iterator[_Seen]:
     """A population of the test, or of training, that also chooses the parameters as validation."""
     if e.is_series:
         return
-    for other, severity in (("test", "error"), ("train", "warning")):
+    severities: dict[str, Severity] = {"test": "error", "train": "warning"}
+    for other, severity in severities.items():
         both = sorted(set(e.parts["validation"]) & set(e.parts[other]))
         if both:
             yield (
@@ -207,7 +211,7 @@ def _test_as_validation(e: Evidence) -> Iterator[_Seen]:
 @_rule("stale-split", "error")
 def _stale_split(e: Evidence) -> Iterator[_Seen]:
     """Populations or times that the split names and the data lack, or the other way round: a split of other data."""
-    if e.is_series:
+    if isinstance(e.split, TimeSplit):
         here, told = set(e.time.tolist()), set(e.split.times)
     else:
         here, told = set(e.populations), set().union(*e.parts.values())
@@ -274,7 +278,7 @@ def _seen_elsewhere(e: Evidence) -> Iterator[_Seen]:
     """Held-out populations whose perturbation training saw, in other contexts or in other combinations."""
     if not e.is_perturbed:
         return
-    split = PerturbationSplit(rule=e.split.rule, **e.parts)
+    split = PerturbationSplit(rule=e.split.rule, **e.parts)  # pyright: ignore[reportArgumentType]
     train = {p for p in e.parts["train"] if not p.is_control}
     names, conditions, contexts = set(trained_names(train)), {p.perturbation for p in train}, {p.context for p in train}
     axis_of: dict[tuple[bool, ...], str] = {}  # of the first of its kind: there may be a hundred thousand populations
@@ -306,7 +310,7 @@ def _seen_elsewhere(e: Evidence) -> Iterator[_Seen]:
 @_rule("start-time-scored", "error")
 def _start_scored(e: Evidence) -> Iterator[_Seen]:
     """The time whose cells a simulation is given, or an earlier one, among those that are scored."""
-    if e.is_series and e.split.train:
+    if isinstance(e.split, TimeSplit) and e.split.train:
         early = sorted(t for t in e.split.held_out if t <= min(e.split.train))
         if early:
             yield (
@@ -320,7 +324,7 @@ def _start_scored(e: Evidence) -> Iterator[_Seen]:
 @_rule("neighbouring-times", "warning")
 def _neighbours(e: Evidence) -> Iterator[_Seen]:
     """A held-out time next to a training time, so that copying that one is a prediction."""
-    if not e.is_series or not e.split.held_out or not e.split.train:
+    if not isinstance(e.split, TimeSplit) or not e.split.held_out or not e.split.train:
         return
     usual = float(np.median(np.diff(sorted(set(e.split.times))))) if len(set(e.split.times)) > 1 else 0.0
     for t in e.split.held_out:
@@ -343,7 +347,7 @@ def _genes_from_test(e: Evidence) -> Iterator[_Seen]:
     origin = e.gene_choice
     if origin is None or not e.is_test.any():
         return
-    if e.transform.preprocess.select_on == "all":
+    if e.transform.preprocess.select_on == "all":  # pyright: ignore[reportOptionalMemberAccess]
         yield (
             "warning",
             f"select_on='all' let {int(e.is_test.sum())} held-out cells choose genes too; {origin.told}.",
@@ -478,7 +482,8 @@ def _zero_vectors(e: Evidence) -> Iterator[_Seen]:
     vectors = e.spec.vectors_of({*test, *train}, e.spec.read_vectors(e.adata))
     own = {n: v if e.spec.vector_dose == "name" else v[:-1] for n, v in vectors.items()}  # a dose is never zero
     mend = f"Correct uns[{e.spec.vectors!r}], or hold out nothing that has no vector (on_unknown says what to do)."
-    for names, severity in ((set(test), "error"), (train - set(test), "warning")):
+    parts: tuple[tuple[set[str], Severity], ...] = ((set(test), "error"), (train - set(test), "warning"))
+    for names, severity in parts:
         zero = sorted(n for n in names if n in vectors and not np.any(own[n]))
         if zero:
             part = "held-out" if severity == "error" else "training"

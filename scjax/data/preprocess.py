@@ -313,7 +313,7 @@ def _select(preprocess: Preprocess, x: Any, space: Space) -> np.ndarray:
         total = total + (values - shift).sum(axis=0)
         square = square + ((values - shift) ** 2).sum(axis=0)
     variance = np.maximum(square - total**2 / n, 0.0) / (n - 1)
-    return most_variable(shift + total / n, variance, preprocess.n_top_genes)
+    return most_variable(shift + total / n, variance, preprocess.n_top_genes)  # pyright: ignore[reportArgumentType]
 
 
 def _fit_affine(identity: Transform, x_train: Any, names: Sequence[str]) -> Transform:
@@ -339,7 +339,7 @@ def _fit_affine(identity: Transform, x_train: Any, names: Sequence[str]) -> Tran
         std = np.where(std <= 10 * np.finfo(np.float64).eps * np.abs(mean), 1.0, std)
     components = explained_variance = None
     if by_covariance:
-        components, explained_variance = _of_covariance(product, std, n_cells, n_components)
+        components, explained_variance = _of_covariance(product, std, n_cells, n_components)  # pyright: ignore[reportArgumentType]
     elif n_components is not None:
         z = np.concatenate([(part - mean) / std for part in chunks])
         components, explained_variance = _principal_components(z, n_components)
@@ -390,7 +390,7 @@ def _check_components(n_components: int, n_cells: int, n_genes: int, *, on_disk:
 
 def _product(chunks: Iterable[np.ndarray], mean: np.ndarray) -> np.ndarray:
     """Of the centred genes with each other, in the upper triangle."""
-    from scipy.linalg.blas import dsyrk
+    from scipy.linalg.blas import dsyrk  # pyright: ignore[reportAttributeAccessIssue]  # made when scipy is built
 
     product = np.zeros((len(mean), len(mean)), order="F")
     for part in chunks:
@@ -423,7 +423,7 @@ def _principal_components(z: np.ndarray, n_components: int) -> tuple[np.ndarray,
     # Both are exact, and the same as `_of_covariance` to ten digits; arpack cannot find the last component.
     solver = "arpack" if n_components < min(z.shape) else "full"
     pca = PCA(n_components, svd_solver=solver, random_state=0).fit(z)
-    return _signed(pca.components_), pca.explained_variance_
+    return _signed(pca.components_), pca.explained_variance_  # pyright: ignore[reportArgumentType]
 
 
 def _signed(components: np.ndarray) -> np.ndarray:

@@ -153,7 +153,7 @@ def _one(
         dense = matrix[:]
         dense = dense.toarray() if hasattr(dense, "toarray") else dense
         table = pd.DataFrame(dense, index=obs.index, columns=list(genes))
-        return anndata.AnnData(obs=obs, obsm={key: table}, uns=uns)
+        return anndata.AnnData(obs=obs, obsm={key: table}, uns=uns)  # pyright: ignore[reportArgumentType]
     if place == "layers":
         return anndata.AnnData(obs=obs, var=var, layers={key: matrix}, uns=uns)
     return anndata.AnnData(X=matrix, obs=obs, var=var, uns=uns)

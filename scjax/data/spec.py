@@ -175,7 +175,8 @@ class DataSpec:
             values = values.astype(values.cat.categories.dtype)
         if not (pd.api.types.is_numeric_dtype(values) or pd.api.types.is_string_dtype(values)):
             return np.full(len(values), np.nan)  # dates and spans would turn into nanoseconds
-        return pd.to_numeric(values, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
+        numbers: Any = pd.to_numeric(values, errors="coerce")
+        return numbers.to_numpy(dtype=np.float64, na_value=np.nan)
 
     def read_spellings(self, adata: AnnData) -> tuple[tuple[str, ...], ...]:
         """The conditions as the data write them, for splits that depend on it: names in the order of the data.

@@ -717,7 +717,7 @@ def _known_population(condition: str, context: str, perturbed: tuple[Population,
 def _validation(rule: _WithValidation, train: list[Population], covariates: tuple[str, ...]) -> set[Population]:
     match rule:
         case HoldOutCrossed(validation_conditions=wanted) if wanted:
-            both = sorted({canonical(name) for name in wanted} & {canonical(name) for name in rule.conditions})
+            both = sorted({canonical(name) for name in wanted} & {canonical(name) for name in rule.conditions})  # pyright: ignore[reportOptionalIterable]
             if both:
                 raise ValueError(f"{'+'.join(both[0])!r} is both for test and for validation. Take it out of one.")
             parts_of = _context_parts("HoldOutCrossed", rule.covariates, train, covariates)

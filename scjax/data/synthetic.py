@@ -258,7 +258,7 @@ def to_anndata(snapshots: Snapshots) -> AnnData:
         {"time": snapshots.time, "kind": pd.Categorical(snapshots.kind)},
         index=[f"cell-{i}" for i in range(len(snapshots.time))],
     )
-    return anndata.AnnData(obs=obs, obsm={"latent": snapshots.x.astype(np.float32)})
+    return anndata.AnnData(obs=obs, obsm={"latent": snapshots.x.astype(np.float32)})  # pyright: ignore[reportArgumentType]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -79,8 +79,9 @@ class _Cells:
 
         self.uns: dict[str, Any] = {}  # written at the end, like these
         self.tables: dict[str, Any] = {}  # of obsm, that are held in memory
+        self.graphs: dict[str, Any] = {}  # of obsp
         self._n, self._obs, self._is_zarr = n_cells, [], is_zarr
-        self._group = zarr.open_group(path, mode="w", zarr_format=3) if is_zarr else h5py.File(path, "w")
+        self._group: Any = zarr.open_group(path, mode="w", zarr_format=3) if is_zarr else h5py.File(path, "w")
         self._group.attrs["encoding-type"], self._group.attrs["encoding-version"] = "anndata", "0.1.0"
         for kind in ("layers", "obsm", "obsp", "varm", "varp"):
             write_elem(self._group, kind, {})
@@ -132,6 +133,8 @@ class _Cells:
         write_elem(self._group, "obs", as_written(pd.concat(self._obs)))
         for name, table in self.tables.items():
             write_elem(self._group["obsm"], name, table)
+        for name, graph in self.graphs.items():
+            write_elem(self._group["obsp"], name, graph)
         write_elem(self._group, "uns", self.uns)
 
     def close(self) -> None:

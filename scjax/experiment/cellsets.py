@@ -535,7 +535,7 @@ def _match(role: str, names: Sequence[str], old: Sequence[str], mend: str, prefi
         )
     return _Rows(
         new=np.array([i for i, name in enumerate(names) if there[name] is not None]),
-        old=np.array([place[there[name]] for name in both]),
+        old=np.array([place[there[name]] for name in both]),  # pyright: ignore[reportArgumentType]
         kept=both,
         fresh=[name for name in names if there[name] is None],
         left_behind=[name for name in old if name not in set(there.values())],

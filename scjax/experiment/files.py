@@ -151,9 +151,9 @@ def evaluate_files(
     draws = {"n_draws": n_draws, "seed": seed}
     if is_series:
         use = POPULATION_METRICS if metrics is None else metrics
-        return _series_tables(truth, made, split, spec, n_components, use, n_cells, draws, about, told, keep)
+        return _series_tables(truth, made, split, spec, n_components, use, n_cells, draws, about, told, keep)  # pyright: ignore[reportArgumentType]
     use = DEFAULT_METRICS if metrics is None else metrics
-    return _population_tables(truth, made, split, spec, use, n_cells, draws, about, told, keep)
+    return _population_tables(truth, made, split, spec, use, n_cells, draws, about, told, keep)  # pyright: ignore[reportArgumentType]
 
 
 @dataclass(eq=False)
@@ -287,7 +287,7 @@ def _check_values(name: str, matrix: Any, spec: DataSpec, allow: tuple[str, ...]
     least, largest = np.inf, 0.0
     for start in range(0, matrix.shape[0], _CHUNK):
         part = matrix[start : start + _CHUNK]
-        values = part.data if hasattr(part, "indptr") else part.ravel()
+        values: Any = part.data if hasattr(part, "indptr") else part.ravel()
         finite = values[np.isfinite(values)]
         n_bad += values.size - finite.size
         if finite.size:

@@ -204,7 +204,7 @@ def _sized(config: scdfm.Config, data: PerturbationData) -> scdfm.Config:
     if config.perturbation == "table":
         sizes["n_perturbations"] = data.vocabulary.n_perturbations
     if config.perturbation == "vector":
-        sizes["n_vector"] = data.vectors.shape[1]
+        sizes["n_vector"] = data.vectors.shape[1]  # pyright: ignore[reportOptionalMemberAccess]
     for name, needed in sizes.items():
         given = getattr(config, name)
         if given is not None and (given < needed or (name == "n_vector" and given != needed)):

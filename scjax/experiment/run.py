@@ -6,7 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ from scjax.data.disk import cells_at_once, is_on_disk
 from scjax.data.leaks import Findings, check_allowed
 from scjax.data.source import open_source
 from scjax.data.spec import AnnData, DataSpec
-from scjax.train.hooks import Hook, JsonlLogger, SaveCheckpoints
+from scjax.train.hooks import Hook, JsonlLogger, SaveCheckpoints, read_log
 from scjax.train.loop import NonFiniteError, Validate, fit
 from scjax.train.optimizers import make_optimizer
 from scjax.train.state import TrainState, init_state
@@ -414,21 +414,13 @@ def check_resumed(experiment: Any, workdir: Path, step: int | None, digest: str)
     if checkpoint.list_steps(workdir / "checkpoints"):
         check_same_data(checkpoint.read_about(workdir / "checkpoints", step), digest, workdir)
         return
-    logged = _last_logged(workdir / _LOG)
+    logged = max((row["step"] for row in read_log(workdir / _LOG)), default=0)
     if logged > 2 * experiment.checkpoint_every:  # one may have been under way, and the next one waits for it
         raise ValueError(
             f"resume=True, but {workdir} has no checkpoint, and its log goes up to step {logged}: the checkpoints are "
             "gone. Put them back, or start in a new folder."
         )
     sys.stderr.write(f"{workdir} has no checkpoint yet; the run begins again at its first step.\n")
-
-
-def _last_logged(log: Path) -> int:
-    last = 0
-    for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else ():
-        with suppress(ValueError, KeyError, TypeError):  # a line cut short by the kill
-            last = max(last, int(json.loads(line)["step"]))
-    return last
 
 
 def check_same_data(about: Mapping[str, Any], digest: str, doing: str | Path) -> None:

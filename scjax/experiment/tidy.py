@@ -78,7 +78,7 @@ def table_rows(tables: Sequence[Any]) -> list[dict[str, Any]]:
 
 def results(tables: Sequence[Any]) -> dict[str, Any]:
     """All tables as plain values for `json`, with versions, platform, and hashes of data and split."""
-    plain = [(perturbation_report if isinstance(t, PerturbationTable) else report).to_json_dict(t) for t in tables]
+    plain = [(perturbation_report if isinstance(t, PerturbationTable) else report).to_json_dict(t) for t in tables]  # pyright: ignore[reportArgumentType]
     provenance = dict(tables[0].provenance) if tables else {}
     hashes = {"data": digest_of(provenance.get("data")), "split": digest_of(provenance.get("split"))}
     return {"environment": environment(), "hashes": hashes, "tables": plain}

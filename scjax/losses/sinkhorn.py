@@ -307,7 +307,7 @@ def _annealed_duals(
         (f, g), (over_y, over_x) = duals, softmins
         return over_y(eps, log_b + g / eps), over_x(eps, log_a + f / eps)
 
-    return _anneal(update, (jnp.zeros_like(log_a), jnp.zeros_like(log_b)), diameter, blur, scaling)
+    return _anneal(update, (jnp.zeros_like(log_a), jnp.zeros_like(log_b)), diameter, blur, scaling)  # pyright: ignore[reportArgumentType, reportReturnType]
 
 
 def _self_transport(
@@ -323,7 +323,7 @@ def _self_transport(
     def update(eps: Array, duals: tuple[Array]) -> tuple[Array]:
         return (over_frozen(eps, log_a + duals[0] / eps),)
 
-    (p,) = _anneal(update, (jnp.zeros_like(log_a),), diameter, blur, scaling)
+    (p,) = _anneal(update, (jnp.zeros_like(log_a),), diameter, blur, scaling)  # pyright: ignore[reportArgumentType]
     eps = blur**2
     return _mass(x, a) @ _softmins(x, frozen)[0](eps, log_a + p / eps)
 

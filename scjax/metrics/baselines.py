@@ -74,7 +74,7 @@ def linear_interpolation(snapshots: Mapping[Time, Cells], t: Time) -> Float[np.n
     elif len(times) > 1:
         t0, t1 = times[-2], times[-1]
     else:
-        raise ValueError(f"a mean is extrapolated from two training times; snapshots has one, {times[0]:g}.")
+        raise ValueError(f"a mean is extrapolated from two training times; snapshots has one, {times[0]:g}.")  # pyright: ignore[reportGeneralTypeIssues]
     slope = (cells[t1].mean(axis=0) - cells[t0].mean(axis=0)) / (t1 - t0)
     return cells[start] + (slope * (t - start))[None]
 

@@ -394,7 +394,7 @@ def discrimination_score(
         if kind == "cosine" and np.abs(effect).max(initial=0) <= CONSTANT * np.abs(real.mean[row]).max():
             scores[row] = 1 - (len(peers) - 1) / 2 / len(peers)  # no effect has no direction: all are equally far
             continue
-        far = cdist(effect[None], real.delta[peers][:, kept], kind)[0]
+        far = cdist(effect[None], real.delta[peers][:, kept], kind)[0]  # pyright: ignore[reportArgumentType, reportCallIssue]  # the names are literals there
         own = far[peers == row]
         rank = np.sum(far < own) + (np.sum(far == own) - 1) / 2
         scores[row] = 1 - rank / len(peers)

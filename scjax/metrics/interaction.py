@@ -138,7 +138,7 @@ def type_interactions(
     pairs = n[:, None] * n[None]
     if exclude_self:
         pairs = pairs - np.diag(n)
-    return np.divide(sums, pairs[None], out=np.full_like(sums, np.nan), where=np.broadcast_to(pairs > 0, sums.shape))
+    return np.divide(sums, pairs[None], out=np.full_like(sums, np.nan), where=np.broadcast_to(pairs > 0, sums.shape))  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def balanced_cells(

@@ -141,7 +141,7 @@ def _shares(n_seeds: int, n_units: int, n_resamples: int, seed: int) -> tuple[np
     made = tuple(resampled_weights(n, n_resamples, rng) / n for n in (n_seeds, n_units))
     for shares in made:
         shares.flags.writeable = False
-    return made
+    return made  # pyright: ignore[reportReturnType]
 
 
 def percentiles(drawn: Float[np.ndarray, " _resamples"], level: float) -> tuple[float, float]:

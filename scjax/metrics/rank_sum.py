@@ -184,7 +184,7 @@ def _against(
     def of_chunk(chunk: tuple[Array, Array, Array]) -> tuple[Array, Array]:
         index, *controls = chunk
         x = jax.lax.dynamic_slice_in_dim(cells, index * WIDTH, WIDTH, axis=2)
-        return jax.vmap(_counts, (None, None, 0, 0))(*controls, x, sizes)
+        return jax.vmap(_counts, (None, None, 0, 0))(*controls, x, sizes)  # pyright: ignore[reportCallIssue]
 
     return jax.lax.map(of_chunk, (jnp.arange(len(values), dtype=jnp.int32), values, places))
 

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from scjax.batches import CellSetBatch
@@ -311,7 +312,7 @@ class CovariateEncoder(nn.Module):
                 entry = Entries(1, c.d_covariate, name=role)(jnp.zeros(1, jnp.int32))
                 n = len(next(iter(ids.values()))) if ids else 1
                 found.append(jnp.broadcast_to(entry, (n, c.d_covariate)))
-        return Linear(c.width_of_covariates, name="joined")(jnp.concatenate(found, axis=-1))
+        return Linear(c.width_of_covariates, name="joined")(jnp.concatenate(found, axis=-1))  # pyright: ignore[reportArgumentType]
 
 
 _TABLES = {"perturbation": "n_perturbations", "cell_type": "n_cell_types", "batch": "n_batches", "dose": "n_doses"}
@@ -345,7 +346,7 @@ class Inputs(nn.Module):
 
     def setup(self):
         s, g, d = self.config.n_spaces, self.config.n_genes, self.config.d_model
-        whole = _xavier_of(2 * g, d)
+        whole = _xavier_of(2 * g, d)  # pyright: ignore[reportOperatorIssue]
         self.state, self.previous, self.control = (
             self.param(name, whole, (s, g, d)) for name in ("state", "previous", "control")
         )
@@ -364,7 +365,7 @@ class Inputs(nn.Module):
         return self._project(x, self.control, space) + (_pick(self.control_bias, space) + self.gene)[None]
 
     def _project(self, x: Array, kernel: Array, space: Array | None) -> Array:
-        x, kernel = nn.dtypes.promote_dtype(x, _pick(kernel, space), dtype=self.config.dtype)
+        x, kernel = promote_dtype(x, _pick(kernel, space), dtype=self.config.dtype)
         return (x @ kernel).astype(jnp.float32 if self.config.dtype is not None else x.dtype)
 
 
@@ -393,7 +394,7 @@ class FeatureAttention(nn.Module):
     ) -> tuple[Float[Array, "cells d"], Float[Array, "cells d"] | None]:
         q, k, v = _heads(self.joined(jnp.concatenate([x, control], axis=-1)), 3, self.config)
         received = self.output(merge_heads(_attend(self.query_norm(q), self.key_norm(k), v, mask)))
-        return (received, None) if self.last else tuple(jnp.split(received, 2, axis=-1))
+        return (received, None) if self.last else tuple(jnp.split(received, 2, axis=-1))  # pyright: ignore[reportReturnType]
 
 
 class TokenAttention(nn.Module):
@@ -479,7 +480,7 @@ class Layer(nn.Module):
         x = self._add(x, normed, received, parts, self.feedforward)
         if self.last:
             return x, None
-        return x, self._add(control, normed_control, control_received, control_parts, self.control_feedforward)
+        return x, self._add(control, normed_control, control_received, control_parts, self.control_feedforward)  # pyright: ignore[reportArgumentType]
 
     def _add(self, x: Array, normed: Array, received: Array, parts: list[Array], feedforward: Callable) -> Array:
         _, _, gate1, shift2, scale2, gate2 = parts
@@ -497,7 +498,7 @@ class Head(nn.Module):
     def setup(self):
         c = self.config
         self.modulation = _dense(c, 2 * c.d_model, nn.initializers.zeros)
-        self.norm, self.output = _norm(c), _dense(c, c.n_genes)
+        self.norm, self.output = _norm(c), _dense(c, c.n_genes)  # pyright: ignore[reportArgumentType]
 
     def of_condition(self, c: Float[Array, "*n d"]) -> Float[Array, "*n d2"]:
         return self.modulation(nn.silu(c))
@@ -547,7 +548,8 @@ def init(key: PRNGKeyArray, config: Config) -> Params:
     keys = iter(jax.random.split(key, config.n_layers + 5))
 
     def of(name: str, *args: Any, method: Callable | None = None) -> Params:
-        return _module(name, config).init(next(keys), *args, method=method)["params"]
+        made: Any = _module(name, config).init(next(keys), *args, method=method)
+        return made["params"]
 
     return {
         "time": of("time", ids),
@@ -739,7 +741,7 @@ def sample(
         if sampler == "ddim":
             x = ddim_step(chain.schedule, x0, x, index, z if draws else None, eta=eta)
         else:
-            x = ddpm_step(chain.schedule, x0, x, index, z, variance=variance, noise_weight=noise_weight)
+            x = ddpm_step(chain.schedule, x0, x, index, z, variance=variance, noise_weight=noise_weight)  # pyright: ignore[reportArgumentType]
         return (x, x0), (x, x0) if trajectory else None
 
     key_start, key_steps = jax.random.split(key)
@@ -821,7 +823,7 @@ def transfer(
             continue
         kept = old.pop(name, None)
         if kept is not None and picks and part == "inputs" and name != "inputs.gene":
-            kept = kept[space : space + 1]
+            kept = kept[space : space + 1]  # pyright: ignore[reportOptionalOperand]
         if kept is None or kept.shape != value.shape:
             got = "is not there" if kept is None else f"has the shape {kept.shape}"
             misfits.append(
@@ -1057,7 +1059,7 @@ def _first_guess(params, tokens, modulations, view, shown, first, config) -> Arr
             found = _predict(params, tokens, modulations, view, config)
         else:
             part = jax.tree.map(lambda a: a[first.sets], (tokens, modulations, view))
-            found = zeros.at[first.sets].set(_predict(params, *part, config))
+            found = zeros.at[first.sets].set(_predict(params, *part, config))  # pyright: ignore[reportCallIssue]
         return jnp.where(shown[:, None, None], found, 0)
 
     # A branch costs more than its pass where it is always taken: compilers see less of it.

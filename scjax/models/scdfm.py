@@ -23,6 +23,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 
 from scjax.batches import PairedBatch
@@ -224,11 +225,11 @@ class Joined(nn.Module):
         self.bias = self.param("bias", nn.initializers.zeros, (d,))
 
     def of_second(self, y: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
-        y, kernel, bias = nn.dtypes.promote_dtype(y, self.kernel, self.bias, dtype=self.config.dtype)
+        y, kernel, bias = promote_dtype(y, self.kernel, self.bias, dtype=self.config.dtype)
         return y @ kernel[self.config.d_model :] + jnp.expand_dims(bias, tuple(range(y.ndim - 1)))
 
     def __call__(self, x: Float[Array, "*n d"], of_second: Float[Array, "*m d"]) -> Float[Array, "*n d"]:
-        x, kernel = nn.dtypes.promote_dtype(x, self.kernel, dtype=self.config.dtype)
+        x, kernel = promote_dtype(x, self.kernel, dtype=self.config.dtype)
         return x @ kernel[: self.config.d_model] + of_second
 
 
@@ -362,7 +363,7 @@ class PerturbationTable(nn.Module):
         return self.norm(vectors if self.config.perturbation == "table" else self.project(vectors))
 
     def of_ids(self, ids: Int[Array, " n"], vectors: Array | None) -> Float[Array, "n d"]:
-        return self(self.embedding[ids] if self.config.perturbation == "table" else vectors[ids])
+        return self(self.embedding[ids] if self.config.perturbation == "table" else vectors[ids])  # pyright: ignore[reportOptionalSubscript]
 
 
 class DifferentialAttention(nn.Module):
@@ -604,7 +605,8 @@ def init(key: PRNGKeyArray, config: Config) -> Params:
     keys = iter(jax.random.split(key, config.n_layers + 9))
 
     def of(name: str, *args: Any, method: Callable | str | None = None) -> Params:
-        return _module(name, config).init(next(keys), *args, method=method)["params"]
+        made: Any = _module(name, config).init(next(keys), *args, method=method)
+        return made["params"]
 
     def whole_layer(layer: Layer) -> Array:
         hoisted = Hoisted(layer.of_genes(tokens), layer.of_perturbation(vector), layer.of_control(tokens))
@@ -626,7 +628,7 @@ def init(key: PRNGKeyArray, config: Config) -> Params:
     if config.objective == "perturbation":
         return add_perturbation_head(key_head, params, config)
     if config.condition_dropout > 0:
-        params["mask"] = jax.random.normal(key_head, (d,))
+        params["mask"] = jax.random.normal(key_head, (d,))  # pyright: ignore[reportArgumentType]
     return params
 
 
@@ -760,13 +762,13 @@ def loss_at(
     t = t.ravel()
     x_t, u_t = straight_path(x0, x1, t)
     key_hide, key_drop = (None, None) if key is None else jax.random.split(key)
-    key_tokens, key_cells = (None, None) if key is None or config.dropout == 0 else jax.random.split(key_drop)
+    key_tokens, key_cells = (None, None) if key is None or config.dropout == 0 else jax.random.split(key_drop)  # pyright: ignore[reportArgumentType]
 
     _check_shapes(x_t, t, source, batch.perturbation, batch.genes, constants, config)
     g, p = _tokens(params, batch.genes, batch.perturbation, constants, key_tokens, config)
     told = jnp.ones(n_populations, x1.dtype)
     if key is not None and config.condition_dropout > 0:
-        told = jax.random.bernoulli(key_hide, 1 - config.condition_dropout, (n_populations,)).astype(x1.dtype)
+        told = jax.random.bernoulli(key_hide, 1 - config.condition_dropout, (n_populations,)).astype(x1.dtype)  # pyright: ignore[reportArgumentType]
         p = jnp.where(told[:, None] > 0, p, params["mask"][None])
     v_t = _velocity(params, x_t, t, source, jnp.repeat(p, n_cells, axis=0), g, key_cells, config)
 
@@ -1048,7 +1050,7 @@ def _stream(params, prepared, x_t, t, key, config) -> Array:
     x = _each_cell(params, "fusion", config, v1, prepared.fused_control)
     c = _apply(params, "time", config, t)
     for i, hoisted in enumerate(prepared.layers):
-        axes = (0, Hoisted(None, 0, 0), 0, of_key)
+        axes = (0, Hoisted(None, 0, 0), 0, of_key)  # pyright: ignore[reportArgumentType]
         layer = partial(_each_cell, params, f"layer_{i}", config, axes=axes)
         x = (jax.checkpoint(layer, policy=_KEEP) if config.remat == "layers" else layer)(x, hoisted, c, keys[i])
     return x
@@ -1069,7 +1071,7 @@ def _velocity(params, x_t, t, source, p, g, key, config) -> Array:
     if config.remat != "cells":
         return of_cells(x_t, t, source, p, key)
     # A loop, for some compilers would otherwise join the second computation with the first.
-    one = jax.checkpoint(lambda cell: of_cells(*(a[None] for a in cell[:4]), cell[4])[0])
+    one = jax.checkpoint(lambda cell: of_cells(*(a[None] for a in cell[:4]), cell[4])[0])  # pyright: ignore[reportCallIssue]
     keys = None if key is None else jax.random.split(key, len(x_t))
     return jax.lax.map(one, (x_t, t, source, p, keys))
 

@@ -316,7 +316,7 @@ def drift(
     if mesh is not None:
         devices_along_cells(mesh, x.shape[0])
         x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(CELLS)))
-    return Drift(config, mesh).apply({"params": params["drift"]}, x, key)
+    return _applied(Drift(config, mesh), params["drift"], x, key)
 
 
 def diffusion(params: Params, x: Float[Array, "cells dims"], *, config: Config) -> Float[Array, "cells dims"]:
@@ -327,13 +327,13 @@ def diffusion(params: Params, x: Float[Array, "cells dims"], *, config: Config) 
     _check_width("x", x, config)
     if config.diffusion == "constant":
         return jnp.full_like(x, config.sigma)
-    return Diffusion(config).apply({"params": params["diffusion"]}, x)
+    return _applied(Diffusion(config), params["diffusion"], x)
 
 
 def attention(params: Params, x: Float[Array, "cells dims"], *, config: Config) -> list[BlockAttention]:
     """What each block attends to in this population, without dropout; one entry a block, none without interaction."""
     _check_width("x", x, config)
-    return Drift(config).apply({"params": params["drift"]}, x, method="attention")
+    return _applied(Drift(config), params["drift"], x, method="attention")
 
 
 def interaction_scores(
@@ -374,7 +374,7 @@ def heads(params: Params, x: Float[Array, "cells dims"], *, config: Config, bloc
     """
     _check_width("x", x, config)
     one_of("block", block, range(config.n_blocks))
-    return Drift(config).apply({"params": params["drift"]}, x, block, method="heads")
+    return _applied(Drift(config), params["drift"], x, block, method="heads")
 
 
 def receiver_scores(
@@ -513,6 +513,10 @@ def build(config: Config) -> Model:
         loss=partial(loss, config=config),
         predict=partial(simulate, config=config),
     )
+
+
+def _applied(module: nn.Module, params: Params, *args: Any, method: str | None = None) -> Any:
+    return module.apply({"params": params}, *args, method=method)
 
 
 def _check_width(name: str, x: Array, config: Config) -> None:

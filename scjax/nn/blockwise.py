@@ -15,7 +15,7 @@ Reference: Dao et al., FlashAttention, NeurIPS 2022, section 3.1 and algorithm 4
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +75,7 @@ def mix_blockwise(
         )
     dtype = jnp.promote_types(v.dtype, jnp.float32)
     mixed, _ = _mix(
-        _tiling(queries[0].shape, v.shape[1], block, None),
+        _tiling(queries[0].shape, v.shape[1], block, None),  # pyright: ignore[reportArgumentType]
         tuple(q.astype(dtype) * q.shape[-1] ** -0.5 for q in queries),
         tuple(k.astype(dtype) for k in keys),
         v.astype(dtype),
@@ -242,7 +242,8 @@ def _over_devices(f, tiling, *, gathers):
     if tiling.mesh is None:
         return here
     receivers, senders = PartitionSpec(None, CELLS), PartitionSpec()
-    of_rules = _Rules(excluded=PartitionSpec(CELLS), row=PartitionSpec(CELLS), log_masses=senders, seeds=senders)
+    specs: Any = _Rules  # of the same fields as the arrays that they lay out
+    of_rules = specs(excluded=PartitionSpec(CELLS), row=PartitionSpec(CELLS), log_masses=senders, seeds=senders)
 
     def summed(*args):
         d_queries, d_keys, d_v = here(*args)
@@ -283,12 +284,13 @@ def _attend_heads(tiling, queries, keys, v, rules):
     return jax.lax.map(one_head, (queries, of_senders.blocks, rules.seeds), batch_size=tiling.heads)
 
 
-def _attend_block(block, senders, log_masses, seed, tiling):
+def _attend_block(block: Any, senders: Any, log_masses, seed, tiling):
     if tiling.n_sender_blocks == 1:
-        return _attend_tile(*block, *_first((senders, log_masses)), 0, seed, tiling)
+        part: Any = _first((senders, log_masses))
+        return _attend_tile(*block, *part, 0, seed, tiling)  # pyright: ignore[reportCallIssue]
 
-    def step(received, part):
-        tile = _attend_tile(*block, *part, seed, tiling)
+    def step(received, part: Any):
+        tile = _attend_tile(*block, *part, seed, tiling)  # pyright: ignore[reportCallIssue]
         return tuple(zip(*map(merge, zip(*received, strict=True), zip(*tile, strict=True)), strict=True)), None
 
     queries, _ = block
@@ -361,13 +363,13 @@ def _differentiate_block(sums, block, senders, log_masses, coefficients, seed, t
     """Gradients by queries of a block, and the sums over blocks of those by keys and values with this one's share."""
     of_receivers, rules = block
     if tiling.n_sender_blocks == 1:
-        part = _first((senders, log_masses))
-        d_queries, terms = _differentiate_tile(of_receivers, rules, *part, 0, coefficients, seed, tiling)
+        part: Any = _first((senders, log_masses))
+        d_queries, terms = _differentiate_tile(of_receivers, rules, *part, 0, coefficients, seed, tiling)  # pyright: ignore[reportCallIssue]
         return jax.tree.map(lambda total, term: total + term[None], sums, terms), d_queries
 
-    def step(carry, part):
+    def step(carry, part: Any):
         sums, d_queries = carry
-        more, terms = _differentiate_tile(of_receivers, rules, *part, coefficients, seed, tiling)
+        more, terms = _differentiate_tile(of_receivers, rules, *part, coefficients, seed, tiling)  # pyright: ignore[reportCallIssue]
         sums = jax.tree.map(lambda total, term: total.at[part[-1]].add(term), sums, terms)
         return (sums, jax.tree.map(jnp.add, d_queries, more)), None
 

@@ -40,7 +40,7 @@ def reproducible() -> Iterator[None]:
         "axes.facecolor": "white",
         "savefig.facecolor": "white",
     }
-    with mpl.rc_context(settings):
+    with mpl.rc_context(settings):  # pyright: ignore[reportArgumentType]  # names known to matplotlib
         yield
 
 
@@ -149,7 +149,7 @@ def volcano(
     named = np.lexsort((-np.abs(np.nan_to_num(sides[0][0], posinf=edge, neginf=-edge)), -heights[0]))[:n_named]
     named = named[truly[named]]
     names = ("real cells", _short(predicted_name, 22))
-    for ax, name, (fold, fdr), height in zip(axes, names, sides, heights, strict=True):
+    for ax, name, (fold, fdr), height in zip(axes, names, sides, heights, strict=True):  # pyright: ignore[reportArgumentType]
         x = np.clip(np.nan_to_num(fold, posinf=edge, neginf=-edge), -edge, edge)
         alone = (fdr < FDR) & ~truly
         for which, colour, z in ((~truly & ~alone, "0.75", 1), (alone, PREDICTED, 2), (truly, OBSERVED, 3)):
@@ -174,10 +174,10 @@ def volcano(
                 va="center",
                 zorder=4,
             )
-    axes[0].set_ylabel("−log10 false discovery rate", size=9)
+    axes[0].set_ylabel("−log10 false discovery rate", size=9)  # pyright: ignore[reportOptionalSubscript]
     if title:
-        axes[0].figure.suptitle(_short(title, 60), size=10.5, x=0.01, ha="left")
-    return list(axes)
+        axes[0].figure.suptitle(_short(title, 60), size=10.5, x=0.01, ha="left")  # pyright: ignore[reportOptionalSubscript]
+    return list(axes)  # pyright: ignore[reportArgumentType]
 
 
 def overlay(

@@ -241,7 +241,7 @@ def _draw_set_means(ax: Any, groups: Sequence[np.ndarray], names: Sequence[str])
         variances, directions = np.linalg.eigh(np.cov(points.T))  # ascending
         short, long = 4 * np.sqrt(np.maximum(variances, 0))  # two standard deviations to both sides
         angle = np.degrees(np.arctan2(*directions[::-1, 1]))
-        ax.add_patch(Ellipse(points.mean(axis=0), long, short, angle=angle, color=colour, alpha=0.15, zorder=1))
+        ax.add_patch(Ellipse(points.mean(axis=0), long, short, angle=angle, color=colour, alpha=0.15, zorder=1))  # pyright: ignore[reportArgumentType]
         ax.scatter(*points.T, s=16, color=colour, alpha=0.75, linewidths=0, label=name, zorder=2)
         cross = {"marker": "X", "s": 70, "edgecolors": "white", "linewidths": 0.8}
         ax.scatter(*points.mean(axis=0), color=colour, zorder=3, **cross)
@@ -347,7 +347,7 @@ def _limits(values: np.ndarray) -> tuple[float, float]:
 def _ticks(low: float, high: float) -> np.ndarray:
     from matplotlib.ticker import MaxNLocator
 
-    return MaxNLocator(nbins=5, steps=[1, 2, 5, 10]).tick_values(low, high)
+    return np.asarray(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]).tick_values(low, high))
 
 
 def _write_names(ax: Any, labels: Sequence[tuple[str, tuple[float, float]]], points: np.ndarray) -> None:

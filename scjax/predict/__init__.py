@@ -16,6 +16,7 @@ from scjax.data.spec import AnnData
 from scjax.models import perturbdiff, scdfm, scimf
 from scjax.predict import cellsets, perturbation, timeseries
 from scjax.predict.cellsets import SetGenerationConfig, TrainedCellSets
+from scjax.predict.observed import observing
 from scjax.predict.parts import Prediction
 from scjax.predict.perturbation import GenerationConfig, TrainedPerturbation, observed_cells
 from scjax.predict.timeseries import (
@@ -40,6 +41,7 @@ __all__ = [
     "load",
     "model_title",
     "observed_cells",
+    "observing",
     "predict",
     "predicting",
     "project",

@@ -478,7 +478,7 @@ def _the_source(trained: TrainedCellSets, source: str | None) -> str:
                 f"source must say which of the {len(known)} sources of training these cells belong to: "
                 f"{', '.join(map(repr, known))}."
             )
-        return known[0]
+        return known[0]  # pyright: ignore[reportGeneralTypeIssues]
     trained.names.id_of("sources", source)
     return source
 
@@ -604,7 +604,8 @@ class _Covariates:
 
     def __init__(self, trained: TrainedCellSets, on_unknown: OnUnknown, vectors: Mapping[str, Any]):
         one_of("on_unknown", on_unknown, get_args(OnUnknown))
-        self.trained, self.on_unknown = trained, on_unknown
+        self.trained = trained
+        self.on_unknown: OnUnknown = on_unknown
         self.roles = perturbdiff.roles(trained.config)
         self.replaced: dict[str, str] = {}
         self.conditions = list(trained.names.perturbation)
@@ -703,7 +704,7 @@ class _Covariates:
                 )
             finite(f"the vector of {condition!r}", vector)
             self.conditions.append(condition)
-            self.table.append(vector)
+            self.table.append(vector)  # pyright: ignore[reportOptionalMemberAccess]
         return self.conditions.index(condition)
 
     def _of_role(self, role: str, number: int) -> list[int]:
@@ -801,10 +802,10 @@ def _plan(
         rows = np.flatnonzero(group_of == group)
         chosen = _draw(rng, rows, controls.kind[rows], n)
         for part in np.array_split(chosen, -(-n // generation.set_size)) if n else ():
-            filled = np.resize(part, generation.set_size)
+            filled = np.resize(part, generation.set_size)  # pyright: ignore[reportArgumentType, reportCallIssue]
             own = {role: drawn[role][filled] for role in drawn}
             own |= {role: ids for role, ids in zip(apart, found[1:, group], strict=True)}
-            mask = np.arange(generation.set_size) < len(part)
+            mask = np.arange(generation.set_size) < len(part)  # pyright: ignore[reportArgumentType, reportCallIssue]
             plans.append(
                 _Set(population, len(plans), filled, mask, tuple(own.items()), jax.random.fold_in(key, len(plans)))
             )

@@ -1,7 +1,8 @@
 """A prediction some cells at a time: put together as an AnnData, or written to a file as it is made."""
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +43,7 @@ class Prediction:
         obsm: the widths of what each part has in obsm, by name.
         layers: the names of what each part has in layers.
         tables: further entries of obsm, of all cells.
+        graphs: entries of obsp, of all cells; sparse matrices.
         categories: columns of words in obs become categories, which are known when all cells are made. Files have them
             anyway.
     """
@@ -53,7 +55,20 @@ class Prediction:
     obsm: Mapping[str, int] = field(default_factory=dict)
     layers: tuple[str, ...] = ()
     tables: Mapping[str, Any] = field(default_factory=dict)
+    graphs: Mapping[str, Any] = field(default_factory=dict)
     categories: bool = False
+
+    def then(self, other: "Prediction") -> "Prediction":
+        """These cells and then those of `other`, which has the same genes; what goes with them is that of these. A
+        column of obs that one of the two lacks has no values for its cells.
+        """
+        if self.genes != other.genes or self.obsm != other.obsm or self.layers != other.layers:
+            raise ValueError("predictions are joined where their genes, obsm and layers are the same; these differ.")
+        if self.tables or self.graphs or other.tables or other.graphs:
+            raise ValueError("tables and graphs are of all cells of a prediction; two that have any cannot be joined.")
+        both = (self.parts, other.parts)
+        parts = lambda: itertools.chain.from_iterable(make() for make in both)  # noqa: E731
+        return replace(self, n_cells=self.n_cells + other.n_cells, parts=parts)
 
     def in_memory(self) -> AnnData:
         import anndata
@@ -67,6 +82,7 @@ class Prediction:
             var=pd.DataFrame(index=list(self.genes)),
             layers={name: np.concatenate([part.layers[name] for part in parts]) for name in self.layers},
             uns=dict(self.uns),
+            obsp=dict(self.graphs),
         )
         for name, table in self.tables.items():
             made.obsm[name] = table
@@ -82,7 +98,7 @@ class Prediction:
             OSError: no room, no permission; nothing is left then.
         """
         with writing_cells(path, self.n_cells, self.genes, obsm=self.obsm, layers=self.layers) as cells:
-            cells.uns, cells.tables = dict(self.uns), dict(self.tables)
+            cells.uns, cells.tables, cells.graphs = dict(self.uns), dict(self.tables), dict(self.graphs)
             for part in self.parts():
                 cells.add(part.x, part.obs, obsm=part.obsm, layers=part.layers)
         return Written(self.n_cells, len(self.genes), self.uns)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from scjax.check import at_least, increasing
+from scjax.check import at_least, column, increasing
 from scjax.checkpoint import Checkpoint
 from scjax.config import from_dict
 from scjax.data.disk import cells_at_once, is_on_disk
@@ -20,6 +20,7 @@ from scjax.data.source import open_source
 from scjax.data.spec import AnnData, DataSpec
 from scjax.data.timeseries import solver_times
 from scjax.models import scimf
+from scjax.predict.graphs import embedded_velocity, sparse_attention
 from scjax.predict.parts import Part, Prediction
 from scjax.predict.record import predicting_params, record
 from scjax.types import Params
@@ -88,7 +89,7 @@ def project(trained: TrainedTimeSeries, adata: AnnData) -> Float[np.ndarray, "ce
             f"{trained.spec.expression} must have the {len(names)} dimensions of training; "
             f"it has {len(source.feature_names)}. Give cells in the latent space that the model was trained in."
         )
-    return transform_all(source, trained.transform)
+    return np.asarray(transform_all(source, trained.transform))
 
 
 def simulate_cells(
@@ -169,7 +170,7 @@ def predicting(
         rows = np.random.default_rng(seed).choice(len(first), n_cells, replace=n_cells > len(first))
         x0, names = x0[rows], names[rows]
     path = simulate_cells(trained, x0, times, jax.random.key(seed))
-    latent = path.x.reshape(-1, path.x.shape[-1])
+    latent = np.asarray(path.x).reshape(-1, path.x.shape[-1])
     obs = pd.DataFrame(
         {
             "start_cell": pd.Categorical(np.tile(names, len(times))),  # as anndata would write it
@@ -193,37 +194,69 @@ def predicting(
     )
 
 
-def velocity(trained: TrainedTimeSeries, adata: AnnData) -> AnnData:
+def velocity(
+    trained: TrainedTimeSeries, adata: AnnData, *, bases: Sequence[str] = (), n_partners: int | None = None
+) -> AnnData:
     """The cells of `adata` with the velocity that the model gives them; each time is one population.
 
-    obsm["X_latent"] and obsm["velocity_latent"] (per time unit of the solver), layers["velocity"] in gene space, over
-    the genes of the transform, whose X is the normalised expression. Other entries of obsm and uns stay; one of these
-    names that was there before is kept as "<name>_before".
+    In the names that scVelo, CellRank and scanpy look for, over the genes of the transform:
+
+        X, layers["Ms"]                    normalised expression, which the velocity is that of
+        layers["velocity"]                 in gene space, per time unit of the solver
+        obsm["X_latent"]                   the model's space
+        obsm["velocity_latent"]            in it
+        obsm["velocity_NAME"]              arrows for obsm["X_NAME"], see `graphs.embedded_velocity`; with `bases`
+        obsp["interaction"]                CSR, float32[cells, cells]; with `n_partners`
+
+    Row i of the interaction is what cell i attends to the others that were sampled at its time, softmax weights
+    averaged over heads, of the `n_partners` strongest alone: it sums to 1 where these are all the others, else to less,
+    and to 0 for a cell that is alone. Other entries of obsm and uns stay; one of these names that was there before is
+    kept as "<name>_before".
+
+    Args:
+        bases: names of embeddings, umap for obsm["X_umap"].
+        n_partners: of each cell; None leaves the interaction out.
 
     Raises:
-        ValueError: as `project`.
+        ValueError: as `project`; an embedding that is not there; partners of a model without interaction.
     """
-    return predicting_velocity(trained, adata).in_memory()
+    return predicting_velocity(trained, adata, bases=bases, n_partners=n_partners).in_memory()
 
 
-def predicting_velocity(trained: TrainedTimeSeries, adata: AnnData) -> Prediction:
+def predicting_velocity(
+    trained: TrainedTimeSeries, adata: AnnData, *, bases: Sequence[str] = (), n_partners: int | None = None
+) -> Prediction:
     """`velocity`, with the cells in the model's space in memory, and some of them as genes."""
+    for basis in bases:
+        if basis == "latent":
+            raise ValueError("bases: velocity_latent is always there, as the model has it; leave 'latent' out.")
+        column("bases", f"X_{basis}", adata.obsm, "adata.obsm")
+    if n_partners is not None:
+        at_least("n_partners", n_partners, 1)
+        if not trained.config.n_blocks:
+            raise ValueError("n_partners asks for the interaction; this model has none (n_blocks=0). Leave it out.")
     latent = project(trained, adata)
     times = trained.spec.read_times(adata)
+    populations = [np.flatnonzero(times == t) for t in np.unique(times)]
     v = np.empty_like(latent)
-    for t in np.unique(times):
-        rows = np.flatnonzero(times == t)
+    for rows in populations:
         v[rows] = _drift(trained.params, jnp.asarray(latent[rows]), config=trained.config)
-    source, ours = open_source(adata, trained.spec), ("X_latent", "velocity_latent")
+    arrows = {
+        f"velocity_{basis}": embedded_velocity(latent, v, np.asarray(adata.obsm[f"X_{basis}"][:], np.float32))
+        for basis in bases
+    }
+    graphs = {} if n_partners is None else {"interaction": _interaction(trained, latent, populations, n_partners)}
+    source, ours = open_source(adata, trained.spec), ("X_latent", "velocity_latent", *arrows)
 
     def parts() -> Iterator[Part]:
         for rows in _chunks(len(latent), len(source.feature_names)):
             x = source.rows(np.arange(len(latent))[rows])
+            x = trained.transform.normalise(x, source.feature_names).astype(np.float32)
             yield Part(
-                trained.transform.normalise(x, source.feature_names).astype(np.float32),
+                x,
                 adata.obs.iloc[rows],
                 {"X_latent": latent[rows], "velocity_latent": v[rows]},
-                {"velocity": trained.transform.inverse_velocity(v[rows])},
+                {"velocity": trained.transform.inverse_velocity(v[rows]), "Ms": x},
             )
 
     kept = {f"{key}_before" if key in ours else key: adata.obsm[key] for key in adata.obsm}
@@ -233,10 +266,26 @@ def predicting_velocity(trained: TrainedTimeSeries, adata: AnnData) -> Predictio
         parts=parts,
         uns={key: value for key, value in adata.uns.items() if key != "scjax"}
         | {"scjax": record(trained, space=_SPACE)},
-        obsm=dict.fromkeys(ours, latent.shape[1]),
-        layers=("velocity",),
-        tables={key: matrix[:] if is_on_disk(matrix) else matrix for key, matrix in kept.items()},
+        obsm={"X_latent": latent.shape[1], "velocity_latent": latent.shape[1]},
+        layers=("velocity", "Ms"),
+        tables={key: matrix[:] if is_on_disk(matrix) else matrix for key, matrix in kept.items()} | arrows,
+        graphs=graphs,
     )
+
+
+def _interaction(
+    trained: TrainedTimeSeries, latent: np.ndarray, populations: Sequence[np.ndarray], n_partners: int
+) -> Any:
+    """CSR of all cells; those of different times do not meet."""
+    from scipy import sparse
+
+    found = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))]
+    for rows in populations:
+        if len(rows) > 1:
+            blocks = _score_blocks(trained, jnp.asarray(latent[rows]), 256, softmax=True, scale_by_value=False)
+            found.extend(sparse_attention(blocks, rows, n_partners))
+    receivers, senders, weights = (np.concatenate(part) for part in zip(*found, strict=True))
+    return sparse.csr_matrix((weights, (receivers, senders)), shape=(len(latent), len(latent)))
 
 
 def interaction_scores(
@@ -276,7 +325,14 @@ def interaction_score_blocks(
         ValueError: as `interaction_scores`, or a block without receivers; before the first block is asked for.
     """
     at_least("n_receivers", n_receivers, 1)
-    of = _heads(trained.params, _cells_at(trained, adata, time), config=trained.config)
+    x = _cells_at(trained, adata, time)
+    return _score_blocks(trained, x, n_receivers, softmax=softmax, scale_by_value=scale_by_value)
+
+
+def _score_blocks(
+    trained: TrainedTimeSeries, x: Float[Array, "cells dims"], n_receivers: int, *, softmax: bool, scale_by_value: bool
+) -> Iterator[Float[np.ndarray, "heads receivers cells"]]:
+    of = _heads(trained.params, x, config=trained.config)
     n_cells = of.q.shape[1]
 
     def blocks() -> Iterator[np.ndarray]:

@@ -250,7 +250,7 @@ def ddim_step(
     # eps written out in x_0 and x_t, and the coefficients joined in float64: dividing by sqrt(alpha_bar) on the way,
     # as the formula through eps does, loses digits where alpha_bar is tiny.
     x = _at(np.sqrt(before) - towards * np.sqrt(now), t, x_t) * x0 + _at(towards, t, x_t) * x_t
-    return x + _at(sigma, t, x_t) * noise if eta else x
+    return x + _at(sigma, t, x_t) * noise if eta else x  # pyright: ignore[reportOperatorIssue]
 
 
 def ddpm_step(

@@ -7,7 +7,7 @@ Reference: Lipman et al., "Flow matching for generative modeling", ICLR 2023 (th
 
 from collections.abc import Callable
 from functools import partial
-from typing import ClassVar, Literal, TypeAlias, get_args
+from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 import diffrax
 import jax
@@ -114,8 +114,12 @@ def integrate(
     positive("tolerance", tolerance)
     # float64 only where jax has it, as for x0
     ts = jnp.linspace(0, 1, n_steps + 1, dtype=x0.dtype)
-    solve = partial(
-        diffrax.diffeqsolve, diffrax.ODETerm(lambda t, x, _: velocity(t, x)), _SOLVERS[solver](), dt0=None, throw=False
+    solve: Any = partial(
+        diffrax.diffeqsolve,
+        diffrax.ODETerm(lambda t, x, _: velocity(t, x)),  # pyright: ignore[reportArgumentType]  # t is an Array
+        _SOLVERS[solver](),
+        dt0=None,
+        throw=False,
     )
     if solver != "tsit5":
         saveat = diffrax.SaveAt(t0=True, steps=1) if trajectory else diffrax.SaveAt(t1=True)

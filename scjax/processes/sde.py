@@ -56,7 +56,7 @@ def time_grid(ts: Sequence[float] | np.ndarray, dt: float) -> Grid:
         ValueError: ts unsorted, repeated or fewer than one; dt not positive.
         TypeError: ts is traced. Times decide how many steps are compiled: pass numbers, not arrays under `jit`.
     """
-    if isinstance(ts, jax.core.Tracer):
+    if isinstance(ts, jax.core.Tracer):  # pyright: ignore[reportAttributeAccessIssue]
         raise TypeError(
             "ts must be known when the solver is compiled, for it decides the number of steps; got a traced array. "
             "Pass a tuple of numbers, and under jit mark it static (static_argnames='ts') or close over it."
@@ -105,7 +105,7 @@ class _ItoTerm(diffrax.AbstractTerm):
     def vf(self, t, y, args):
         x, _ = y
         drift = self.drift(x, jnp.asarray(t, jnp.int32))
-        return (drift, None) if self.increment is None else (drift, self.diffusion(x))
+        return (drift, None) if self.increment is None else (drift, self.diffusion(x))  # pyright: ignore[reportOptionalCall]
 
     def contr(self, t0, t1, **kwargs):
         step = jnp.asarray(t0, jnp.int32)
@@ -164,7 +164,7 @@ def simulate(
     def increment(step: Int[Array, ""]) -> Float[Array, "cells dims"]:
         if dW is not None:
             return dW[step]
-        return _increment(key, first_step + step, dts[step], x0.shape, x0.dtype)
+        return _increment(key, first_step + step, dts[step], x0.shape, x0.dtype)  # pyright: ignore[reportArgumentType]
 
     term = _ItoTerm(
         drift=lambda x, step: drift(x, first_step + step),
@@ -190,4 +190,4 @@ def simulate(
     )
     kept = grid.observed // stride
     every = len(kept) == n_steps // stride + 1
-    return Trajectory(*(solution.ys if every else (states[kept] for states in solution.ys)))
+    return Trajectory(*(solution.ys if every else (states[kept] for states in solution.ys)))  # pyright: ignore[reportOptionalIterable]

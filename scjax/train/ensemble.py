@@ -154,17 +154,18 @@ def fit_together(
     runs = []
     for r in range(n_runs):
         fresh = init_state(params[r], tx, keys[r], ema=ema_decay is not None, best=validate is not None)
-        if states[r] is not None:
-            check_same_form(states[r], fresh)
-        start = 0 if states[r] is None else int(states[r].step)
+        state = states[r]
+        if state is not None:
+            check_same_form(state, fresh)
+        start = 0 if state is None else int(state.step)
         if start > n_steps:
             raise ValueError(
                 f"n_steps must be at least the {start} steps that run {r} has done already; got {n_steps}."
             )
-        state = fresh if states[r] is None else states[r]
+        state = fresh if state is None else state
         patient = Patience(validate_every, patience)
         runs.append(_Run(r, hooks[r], start, state.best, patient, start == n_steps or patient.is_out(state)))
-        states[r] = state._replace(best=None)
+        states[r] = state._replace(best=None)  # pyright: ignore[reportArgumentType, reportCallIssue]
     together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
     del states, fresh, state
     if not any(run.is_on for run in runs):
@@ -198,7 +199,7 @@ def fit_together(
             log.flush(together, n_pending=0 if validating or saving or terminated() or stop == n_steps else 1)
             if validating:
                 for run in runs:
-                    run.validate(together, stop, validate[run.number])
+                    run.validate(together, stop, validate[run.number])  # pyright: ignore[reportOptionalSubscript]
             for run in runs if saving else ():
                 run.save(together)
             for run in runs:

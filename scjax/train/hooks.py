@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,8 +15,9 @@ from scjax.checkpoint import CheckpointWriter
 
 from .state import TrainState
 
-__all__ = ["Hook", "JsonlLogger", "Progress", "SaveCheckpoints", "Saved"]
+__all__ = ["Hook", "JsonlLogger", "Progress", "SaveCheckpoints", "Saved", "TensorBoard", "read_log"]
 
+VALIDATION = "validation_"  # before the names of scores, which `on_log` is told beside the metrics of steps
 _BAR = "{desc}{percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 
 
@@ -85,7 +86,7 @@ class Progress(Hook):
             from tqdm import tqdm
 
             # Terminals without a width (docker -t) report 0 columns, into which tqdm would fit an empty bar.
-            width = {"dynamic_ncols": True} if _columns(self.file) else {"ncols": 120, "nrows": 24}
+            width: dict[str, Any] = {"dynamic_ncols": True} if _columns(self.file) else {"ncols": 120, "nrows": 24}
             self._bar = tqdm(
                 total=n_steps, initial=step, desc="compiling", unit=" steps", bar_format=_BAR, file=self.file, **width
             )
@@ -102,7 +103,7 @@ class Progress(Hook):
             self.waited += seconds
 
     def on_log(self, step: int, metrics: Mapping[str, float]) -> None:
-        if not self.shown:
+        if not self.shown or self._started is None:
             return
         seconds = max(time.perf_counter() - self._started, 1e-9)
         rate = (step - self._first) / seconds
@@ -164,7 +165,7 @@ class JsonlLogger(Hook):
     def __init__(self, path: str | Path, *, resumed: bool = False):
         self.path = Path(path)
         self.resumed = resumed
-        self._file = None
+        self._file: Any = None
 
     def on_start(self, step: int, n_steps: int) -> None:
         if self.path.exists():
@@ -197,16 +198,72 @@ class JsonlLogger(Hook):
             self._file = None
 
     def _keep_up_to(self, step: int) -> None:
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
-            try:
-                if json.loads(line)["step"] <= step and line.endswith("\n"):
-                    kept.append(line)
-            except (ValueError, KeyError, TypeError):
-                continue  # half a line, from a process that was killed
+        kept = [line for line, row in _rows(self.path) if row["step"] <= step]
         fresh = self.path.with_name(self.path.name + ".new")
         fresh.write_text("".join(kept), encoding="utf-8")
         os.replace(fresh, self.path)
+
+
+def read_log(path: str | Path) -> list[dict[str, Any]]:
+    """The lines that a `JsonlLogger` wrote, in order; none where there is no file. A line cut short is left out."""
+    return [row for _, row in _rows(Path(path))] if Path(path).exists() else []
+
+
+def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        try:
+            row = json.loads(line)
+            step = row["step"]
+        except (ValueError, KeyError, TypeError):
+            continue  # half a line, from a process that was killed
+        if line.endswith("\n") and isinstance(step, int):
+            yield line, row
+
+
+class TensorBoard(Hook):
+    """Every metric as a scalar for TensorBoard: `train/loss` and the other terms, `validation/...` the scores.
+
+    A resumed run writes a further file into the folder; TensorBoard leaves out what the files before it say of the
+    steps that are done again.
+
+    Args:
+        resumed: the files in the folder are of this run, even if it begins with its first step.
+
+    Raises:
+        ValueError: tensorboardX is missing; at the start of a fresh run, a folder that holds something already.
+    """
+
+    def __init__(self, folder: str | Path, *, resumed: bool = False):
+        try:
+            import tensorboardX  # noqa: F401
+        except ImportError as err:
+            raise ValueError(
+                "logging for TensorBoard needs tensorboardX: pip install tensorboardX, or scjax with the extra logging."
+            ) from err
+        self.folder = Path(folder)
+        self.resumed = resumed
+        self._writer: Any = None
+
+    def on_start(self, step: int, n_steps: int) -> None:
+        from tensorboardX import SummaryWriter
+
+        before = list(self.folder.iterdir()) if self.folder.exists() else []
+        if before and step == 0 and not self.resumed:
+            raise ValueError(f"{self.folder} holds the log of another run; choose another folder, or resume that run.")
+        again: dict[str, Any] = {"purge_step": step + 1} if step or self.resumed else {}
+        # Names are made of the second, and a file of the same name would be overwritten.
+        self._writer = SummaryWriter(str(self.folder), filename_suffix=f".{len(before)}", **again)
+
+    def on_log(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            group = "validation" if name.startswith(VALIDATION) else "train"
+            self._writer.add_scalar(f"{group}/{name.removeprefix(VALIDATION)}", value, step)
+        self._writer.flush()
+
+    def on_end(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
 
 
 class SaveCheckpoints(Hook):

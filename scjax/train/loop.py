@@ -22,7 +22,7 @@ from scjax import mesh as meshes
 from scjax.check import at_least
 from scjax.types import Batch, LossFn, Params
 
-from .hooks import Hook, Saved
+from .hooks import VALIDATION, Hook, Saved
 from .state import Best, TrainState, init_state, own_copy
 from .step import EmaStart, make_scanned_update
 
@@ -139,8 +139,8 @@ def fit(
     """
     meshes.check_shared(mesh, shard_above)
     if shard_above is not None:
-        loss_fn = _of_whole_parameters(loss_fn, mesh)
-        validate = validate and _scores_of_whole_parameters(validate, mesh)
+        loss_fn = _of_whole_parameters(loss_fn, mesh)  # pyright: ignore[reportArgumentType]
+        validate = validate and _scores_of_whole_parameters(validate, mesh)  # pyright: ignore[reportArgumentType]
     update = make_scanned_update(loss_fn, tx, ema_decay, ema_every=ema_every, ema_start=ema_start)
     check_counts(scan_steps, n_steps, log_every, checkpoint_every, validate, validate_every, patience)
     fresh = init_state(params, tx, key, ema=ema_decay is not None, best=validate is not None)
@@ -195,7 +195,7 @@ def fit(
             # Reading the metrics waits for the device. One call behind, it waits for a call that is done.
             flush(state, n_pending=0 if validating or saving or terminated() or stop == n_steps else 1)
             if validating:
-                state = hosts.together(partial(validated, state, validate, hooks), "A validation")
+                state = hosts.together(partial(validated, state, validate, hooks), "A validation")  # pyright: ignore[reportArgumentType]
             if saving:
                 save(state)
             if terminated() or (validating and patient.is_out(state)):
@@ -336,7 +336,7 @@ class Patience:
 
 def validated(state: TrainState, validate: Validate, hooks: Sequence[Hook]) -> TrainState:
     params = state.params if state.ema is None else state.ema
-    scores = {f"validation_{name}": float(value) for name, value in validate(params).items()}
+    scores = {f"{VALIDATION}{name}": float(value) for name, value in validate(params).items()}
     if not scores:
         raise ValueError("validate must return at least one score by name; got none.")
     step = int(state.step)
@@ -345,7 +345,7 @@ def validated(state: TrainState, validate: Validate, hooks: Sequence[Hook]) -> T
     for hook in hooks:
         hook.on_log(step, scores)
     score = jnp.float32(next(iter(scores.values())))  # as it is kept: 0.1 is less than its own float32
-    if score >= state.best.score:
+    if score >= state.best.score:  # pyright: ignore[reportOptionalMemberAccess]
         return state
     return state._replace(best=Best(score, jnp.int32(step), own_copy(params)))
 

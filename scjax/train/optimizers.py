@@ -170,7 +170,7 @@ def clip_by_norm(max_norm: float) -> optax.GradientTransformation:
     difference: where the first moments are tiny it shows at 1e-5.
     """
 
-    def update(updates: optax.Updates, state: optax.EmptyState, params: optax.Params | None = None):
+    def update(updates: optax.Updates, state: Any, params: optax.Params | None = None):
         factor = jnp.minimum(1.0, max_norm / (optax.tree.norm(updates) + 1e-6))
         return jax.tree.map(lambda g: g * factor.astype(g.dtype), updates), state
 
@@ -189,11 +189,12 @@ def skip_unused(inner: optax.GradientTransformation) -> optax.GradientTransforma
     def init(params: optax.Params) -> dict[str, Any]:
         return {name: inner.init(leaves) for name, leaves in _modules(params).items()}
 
-    def update(updates: optax.Updates, state: dict[str, Any], params: optax.Params | None = None):
+    def update(updates: optax.Updates, state: Any, params: optax.Params | None = None):
         weights = {} if params is None else _modules(params)
         done, after = {}, {}
         for name, grads in _modules(updates).items():
             used = jnp.any(jnp.stack([jnp.any(g != 0) for g in grads.values()]))
+            steps: Any
             steps, new = inner.update(grads, state[name], weights.get(name))
             done[name] = {leaf: jnp.where(used, step, 0) for leaf, step in steps.items()}
             after[name] = jax.tree.map(lambda n, o, used=used: jnp.where(used, n, o), new, state[name])

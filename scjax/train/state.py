@@ -1,6 +1,6 @@
 """All that a training run is at one moment: what a checkpoint must hold for the run to go on as if uninterrupted."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,8 @@ from jaxtyping import PRNGKeyArray
 from scjax.types import Params
 
 __all__ = ["Best", "TrainState", "init_state", "own_copy"]
+
+T = TypeVar("T")
 
 
 class Best(NamedTuple):
@@ -49,6 +51,6 @@ def init_state(
     )
 
 
-def own_copy(tree: Any) -> Any:
+def own_copy(tree: T) -> T:
     """The same values in buffers that nobody else holds."""
     return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), tree)

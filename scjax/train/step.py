@@ -59,7 +59,7 @@ def make_update(
         finite = jnp.all(jnp.isfinite(jnp.stack([jnp.asarray(m, jnp.float32) for m in metrics.values()])))
 
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params: Any = optax.apply_updates(state.params, updates)
         ema = _average(params, state.ema, ema_decay, state.step, ema_every, ema_start)
         old = (state.step, state.params, state.ema, state.opt_state)
         new = (state.step + 1, params, ema, opt_state)
@@ -119,7 +119,7 @@ def _average(
     """The moving average after step number `step`, which made `params`."""
     if ema is None:
         return None
-    new = optax.incremental_update(params, ema, 1.0 - decay)
+    new: Any = optax.incremental_update(params, ema, 1.0 - decay)  # pyright: ignore[reportOperatorIssue]
     if every > 1:
         new = select(step % every == 0, new, ema)
     return select(step == 0, params, new) if start == "first_step" else new

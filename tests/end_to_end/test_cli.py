@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import anndata
+import jax
 import numpy as np
 import pytest
 from tiny_series import EXPERIMENT, SIZES, damaged_copy, make_adata
@@ -21,6 +22,7 @@ from scjax.cli import main
 from scjax.config import from_json, to_dict, to_json
 from scjax.data.splits import HoldOutLast
 from scjax.experiment import TimeSeriesExperiment, read_experiment
+from scjax.predict import load
 
 
 @pytest.fixture(scope="module")
@@ -144,10 +146,58 @@ def test_show(run, capsys):
     assert "checkpoints: steps 5" in shown
 
 
+def test_show_a_run_that_is_trained(run, capsys):
+    """How far it is, its size; the folder of its checkpoints, and one of them; its split."""
+    main(["show", "run"])
+    told = capsys.readouterr().out
+    assert "  log: 2 lines, the last of step 5: loss " in told
+    leaves = jax.tree.leaves(load(run).params)
+    assert f"  parameters: {sum(leaf.size for leaf in leaves):,} in {len(leaves)} arrays (step 5)" in told
+    for place in ("run/checkpoints", "run/checkpoints/5"):
+        main(["show", place])
+        of_checkpoint = capsys.readouterr().out.splitlines()
+        assert of_checkpoint[0].startswith(f"{place}: scimf, run ")
+        assert set(of_checkpoint[1:]) <= set(told.splitlines())
+    main(["show", "run/split.json"])
+    told = capsys.readouterr().out
+    assert told.startswith("run/split.json: a split\n  trained on times [0.0, 1.0, 2.0], held out [4.0]\n")
+    assert json.loads(told.split("\n", 2)[2]) == {"kind": "HoldOutLast", "n_times": 1}
+
+
+def test_show_a_run_that_is_not(run, tmp_path, capsys):
+    """Killed before its first checkpoint; failed; a folder with the name of a step."""
+    early = tmp_path / "early"
+    shutil.copytree(run, early, ignore=shutil.ignore_patterns("checkpoints"))
+    with (early / "metrics.jsonl").open("a") as log:
+        log.write('{"step": 6, "lo')
+    main(["show", str(early)])
+    told = capsys.readouterr().out
+    assert told.startswith(f"{early}: a run without a checkpoint yet\n  log: 2 lines, the last of step 5: loss ")
+    assert to_json(read_experiment(run)) in told
+    (early / "failed.json").write_text(json.dumps({"message": "loss is nan after step 6"}))
+    main(["show", str(early)])
+    assert "  FAILED: loss is nan after step 6\n" in capsys.readouterr().out
+    assert "holds no complete checkpoint" in refused(capsys, "show", tmp_path)
+    shutil.copytree(run / "checkpoints", tmp_path / "checkpoints")
+    (tmp_path / "checkpoints" / "7").mkdir()
+    assert "is damaged" in refused(capsys, "show", tmp_path / "checkpoints" / "7")
+
+
+def test_show_what_was_predicted(run, tmp_path, capsys):
+    """What made it, and where what lies."""
+    out = tmp_path / "moving.h5ad"
+    main(["predict", "--run", str(run), "--data", "cells.h5ad", "--velocity", "--out", str(out)])
+    capsys.readouterr()
+    main(["show", str(out)])
+    told = capsys.readouterr().out
+    assert f"made by scjax {__version__}, run {load(run).about['run']}, step 5: normalised expression in X" in told
+    assert "  layers: Ms, velocity\n  obsm: X_latent, velocity_latent\n  uns: scjax\n" in told
+
+
 @pytest.mark.parametrize(
     ("command", "wanted"),
     [
-        ("", ["demo", "train", "predict", "evaluate", "show"]),
+        ("", ["demo", "train", "predict", "evaluate", "show", "info"]),
         ("train", ["--preset", "--config", "--set", "--resume", "--n-steps INT", "--model.n-blocks INT"]),
         ("predict", ["--run PATH", "--times", "in the unit of the data", "--velocity", "--step"]),
         ("evaluate", ["--runs", "NAME=FOLDER", "--n-draws INT"]),
@@ -217,14 +267,19 @@ def test_help_of_nested_settings(capsys):
         (("show", "scimf/klien"), "neither a file or folder nor a preset. Did you mean 'scimf/klein'?"),
         (("show", "folder.h5ad"), "is no whole HDF5 file"),
         (("show", "."), "holds no complete checkpoint"),
+        (("show", "notes.txt"), "notes.txt cannot be shown: give a preset, the folder of a run or a checkpoint"),
+        (("show", "list.json"), "list.json: TimeSeriesExperiment must be an object of fields"),
+        (("show", "split.json"), "split.json: 1.0 occurs more than once"),
         (("show", "--settings"), "--settings needs a preset, the folder of a run, or a .json; got ''"),
-        (("trian",), "Available subcommands: demo, train, predict, evaluate, bench, convert, show"),
+        (("trian",), "Available subcommands: demo, train, predict, evaluate, bench, convert, show, info"),
     ],
 )
 def test_mistakes(run, capsys, arguments, message):
     Path("broken.json").write_text(to_json(EXPERIMENT)[:-20])
     Path("typo.json").write_text(to_json(EXPERIMENT).replace('"n_heads"', '"n_head"'))
     Path("list.json").write_text("[1, 2]")
+    Path("notes.txt").write_text("[1, 2]")
+    Path("split.json").write_text('{"rule": {"kind": "HoldOutNone"}, "train": [0, 1], "held_out": [1]}')
     Path("folder.h5ad").mkdir(exist_ok=True)
     Path("empty.zarr").mkdir(exist_ok=True)
     Path("short.h5ad").write_bytes(Path("cells.h5ad").read_bytes()[:3000])
@@ -353,3 +408,14 @@ def test_settings_need_not_be_those_of_a_preset(capsys):
     assert "'day' is not one." in told
     assert "It has: hours, kind, batch" in told
     assert np.isfinite(adata.X).all()
+
+
+def test_tensorboard(run, tmp_path, capsys):
+    """Beside the log of the run, also when it goes on."""
+    pytest.importorskip("tensorboardX", reason="the extra `logging` is not installed")
+    out, settings = tmp_path / "board", tmp_path / "settings.json"
+    settings.write_text(to_json(read_experiment(run)))
+    main(["train", "--config", str(settings), "--data", "cells.h5ad", "--out", str(out), "--tensorboard"])
+    assert len(list((out / "tensorboard").iterdir())) == 1
+    main(["train", "--resume", "--data", "cells.h5ad", "--out", str(out), "--tensorboard"])
+    assert list_steps(out / "checkpoints") == (5,)

@@ -76,6 +76,10 @@ def test_show(capsys):
     told = capsys.readouterr().out
     assert "run: scdfm, run " in told
     assert "held out 4 populations: g0+g1 (A1), g0+g1 (B2), g0+z (A1), g0+z (B2)" in told
+    main(["show", "run/split.json"])
+    told = capsys.readouterr().out
+    assert "held out 4 populations: g0+g1 (A1), g0+g1 (B2), g0+z (A1), g0+z (B2)" in told
+    assert '"kind": "HoldOutSeenDoubles"' in told
     main(["show", "run", "--settings"])
     Path("shown.json").write_text(capsys.readouterr().out)
     assert from_json(PerturbationExperiment, "shown.json") == read_experiment("shown.json") == EXPERIMENT
