@@ -163,6 +163,11 @@ class Predict:
         seed: of the noise, and of the draw of cells.
         step: of the checkpoint; the newest if left out.
         verbose: print all settings of the run first.
+        ensemble: folders of other runs of the same experiment, with other seeds: instead of cells the mean of each
+            condition or time is written, over cells and runs, and how far the runs part (layers sd, lowest, highest).
+        interval: perturbations and cell sets: a chance, such as 0.9: the means, also of one run, with intervals (layers
+            low, high) that hold those of the observed cells so often, calibrated on the populations of `data` that the
+            split kept for validation (split conformal; see `scjax.experiment.predict_intervals`).
         times: time series: in the unit of the data, increasing; they need not have been observed.
         velocity: time series: write the observed cells of `data` with their velocities instead of a prediction; without
             --times, and without chance.
@@ -195,6 +200,8 @@ class Predict:
     seed: int = 0
     step: int | None = None
     verbose: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    ensemble: tuple[Path, ...] = ()
+    interval: float | None = None
     times: tuple[float, ...] = ()
     velocity: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     bases: tuple[str, ...] = ()
@@ -233,15 +240,16 @@ class Predict:
         on_disk = _stays_on_disk(self.data, self.on_disk, self.in_memory)
         adata = _read_data(self.data, kind, trained.about, on_disk=on_disk)
         _attach(adata, self.vectors, trained.spec, every=False)
+        if self.ensemble or self.interval is not None:
+            self.means(kind, adata)
+            return
         real = None
         if self.velocity:
             made = predicting_velocity(trained, adata, bases=self.bases, n_partners=self.partners)
         elif kind == "TimeSeriesExperiment":
             made = predict.predicting(trained, adata, self.times, n_cells=self.n_cells, seed=self.seed)
         else:
-            options = ("contexts", "n_cells", "seed", "on_unknown", *_HOW, *_OPTIONS[kind])
-            given = {name: getattr(self, name) for name in options}
-            given = {name: None if value == () else value for name, value in given.items()}
+            given = self.how(kind)
             made = predict.predicting(trained, adata, self.conditions, **given)
             if self.observed is not None:
                 which: dict[str, Any] = {"contexts": given["contexts"], "genes": made.genes}
@@ -256,6 +264,28 @@ class Predict:
         if real is not None and self.observed is not None:
             print(f"{real.write(self.observed).n_obs} observed cells of the same genes written to {self.observed}")
 
+    def how(self, kind: str) -> dict[str, Any]:
+        """The options of `predict` for this kind."""
+        more = () if kind == "TimeSeriesExperiment" else ("contexts", "on_unknown", *_HOW, *_OPTIONS[kind])
+        given = {name: getattr(self, name) for name in ("n_cells", "seed", *more)}
+        return {name: None if value == () else value for name, value in given.items()}
+
+    def means(self, kind: str, adata: Any) -> None:
+        from scjax.experiment import predict_intervals
+        from scjax.predict.ensemble import load_members, predict_means
+
+        members = load_members((self.run, *self.ensemble))
+        wanted, given = self.conditions or self.times, self.how(kind)
+        if self.interval is None:
+            found = predict_means(members, adata, wanted, **given)
+        else:
+            found = predict_intervals(members, adata, wanted, level=self.interval, **given)
+        (found.write_zarr if self.out.suffix == ".zarr" else found.write_h5ad)(self.out)
+        layers = ", ".join(name for name in found.layers if name)
+        print(f"{found.n_obs} means x {found.n_vars} genes over {len(members)} runs written to {self.out}: X, {layers}")
+        if note := json.loads(found.uns["scjax"].get("conformal", "{}")).get("note"):
+            print(f"the intervals are infinite: {note}")
+
     def check_options(self, kind: str) -> None:
         is_series = kind == "TimeSeriesExperiment"
         of_kind = {
@@ -263,7 +293,7 @@ class Predict:
             "PerturbationExperiment": ("perturbations", "--conditions", _OPTIONS["PerturbationExperiment"]),
             "CellSetExperiment": ("cell sets", "--conditions", _OPTIONS["CellSetExperiment"]),
         }
-        of_perturbations = ("conditions", "contexts", "on_unknown", "vectors", "observed", *_HOW)
+        of_perturbations = ("conditions", "contexts", "on_unknown", "vectors", "observed", "interval", *_HOW)
         all_options = {*of_perturbations}.union(*(names for *_, names in of_kind.values()))
         title, wants, allowed = of_kind[kind]
         allowed = {*allowed, *(() if is_series else of_perturbations)}
@@ -285,6 +315,12 @@ class Predict:
             raise ValueError("--bases and --partners are of the velocities of observed cells; they need --velocity.")
         if not is_series and not self.conditions:
             raise ValueError("give --conditions for a prediction, such as A or A+B.")
+        if self.ensemble or self.interval is not None:
+            cells = [name for name in ("step", "velocity", "observed") if getattr(self, name)]
+            if cells:
+                raise ValueError(
+                    f"--{cells[0]} does nothing with --ensemble or --interval, which write means; leave it out."
+                )
 
 
 _HOW = ("n_steps", "guidance", "zero_below")  # options of predictions of every kind of perturbation model

@@ -33,6 +33,7 @@ from scjax.experiment.run import (
 )
 from scjax.experiment.seeds import SeedRuns, check_group, train_tasks
 from scjax.experiment.timeseries import TimeSeriesExperiment
+from scjax.experiment.uncertainty import predict_intervals
 from scjax.mesh import check_shared
 from scjax.metrics import perturbation_report, report
 from scjax.predict import load, model_title
@@ -49,6 +50,7 @@ __all__ = [
     "digest_of",
     "evaluate",
     "evaluate_files",
+    "predict_intervals",
     "read_experiment",
     "report_of",
     "train",

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import anndata
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +12,9 @@ import tiny_cellsets
 import tiny_perturbation
 import tiny_series
 
-from scjax.experiment import train_seeds
+from scjax.cli import main
+from scjax.data.splits import HoldOutSeenDoubles
+from scjax.experiment import train, train_seeds
 from scjax.experiment.uncertainty import predict_intervals
 from scjax.metrics.conformal import calibrate
 from scjax.models import scdfm
@@ -21,14 +24,14 @@ from scjax.types import Population
 
 SEEDS = (0, 1, 2)
 LINES = tiny_perturbation.LINES
+EXPERIMENT = replace(tiny_perturbation.EXPERIMENT, n_steps=6)
 HELD = [Population(("g0", "g1"), line) for line in LINES]
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     folders = [tmp_path_factory.mktemp("members") / f"seed{seed}" for seed in SEEDS]
-    experiment = replace(tiny_perturbation.EXPERIMENT, n_steps=6)
-    assert not train_seeds(experiment, tiny_perturbation.make_adata(), folders, SEEDS).failed
+    assert not train_seeds(EXPERIMENT, tiny_perturbation.make_adata(), folders, SEEDS).failed
     return folders
 
 
@@ -174,3 +177,27 @@ def test_every_kind_of_model(kind, request):
             populations_of(members, made)
     else:
         assert np.isfinite(observed_means(members, adata, made)).all()
+
+
+def test_command(folders, adata, means, tmp_path, capsys):
+    """Means of three runs; and of one with intervals that so few populations kept for validation make infinite."""
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    one, *others = map(str, folders)
+    command = ["predict", "--run", one, "--data", str(tmp_path / "cells.h5ad"), "--conditions", "g1+g0", "z"]
+    command += ["--seed", "3"]
+    main([*command, "--ensemble", *others, "--out", str(tmp_path / "means.h5ad")])
+    assert "4 means x 10 genes over 3 runs" in capsys.readouterr().out
+    written = anndata.read_h5ad(tmp_path / "means.h5ad")
+    np.testing.assert_allclose(written.X, means.X, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(written.layers["sd"], means.layers["sd"], rtol=1e-4, atol=1e-6)
+    kept = replace(EXPERIMENT, split=HoldOutSeenDoubles(validation_fraction=0.34), validate_every=3)
+    train(kept, adata, tmp_path / "kept")
+    command[2] = str(tmp_path / "kept")
+    main([*command, "--interval", "0.9", "--out", str(tmp_path / "intervals.h5ad")])
+    assert "the intervals are infinite:" in capsys.readouterr().out
+    assert np.isinf(anndata.read_h5ad(tmp_path / "intervals.h5ad").layers["high"]).all()
+    for wrong in (["--step", "6"], ["--observed", str(tmp_path / "real.h5ad")]):
+        with pytest.raises(SystemExit):
+            main([*command, "--interval", "0.9", "--out", str(tmp_path / "no.h5ad"), *wrong])
+        assert f"{wrong[0]} does nothing with --ensemble or --interval" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "no.h5ad").exists()
