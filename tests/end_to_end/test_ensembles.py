@@ -13,7 +13,7 @@ import tiny_perturbation
 import tiny_series
 
 from scjax.cli import main
-from scjax.data.splits import HoldOutSeenDoubles
+from scjax.data.splits import HoldOutCrossed
 from scjax.experiment import train, train_seeds
 from scjax.experiment.uncertainty import predict_intervals
 from scjax.metrics.conformal import calibrate
@@ -25,6 +25,9 @@ from scjax.types import Population
 SEEDS = (0, 1, 2)
 LINES = tiny_perturbation.LINES
 EXPERIMENT = replace(tiny_perturbation.EXPERIMENT, n_steps=6)
+CALIBRATED = HoldOutCrossed(
+    covariates=("line",), values=((LINES[0],),), conditions=("g0+g1",), validation_conditions=("g0+z",)
+)
 HELD = [Population(("g0", "g1"), line) for line in LINES]
 
 
@@ -190,7 +193,7 @@ def test_command(folders, adata, means, tmp_path, capsys):
     written = anndata.read_h5ad(tmp_path / "means.h5ad")
     np.testing.assert_allclose(written.X, means.X, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(written.layers["sd"], means.layers["sd"], rtol=1e-4, atol=1e-6)
-    kept = replace(EXPERIMENT, split=HoldOutSeenDoubles(validation_fraction=0.34), validate_every=3)
+    kept = replace(EXPERIMENT, split=CALIBRATED, validate_every=5)
     train(kept, adata, tmp_path / "kept")
     command[2] = str(tmp_path / "kept")
     main([*command, "--interval", "0.9", "--out", str(tmp_path / "intervals.h5ad")])
