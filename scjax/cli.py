@@ -275,11 +275,11 @@ class Predict:
         from scjax.predict.ensemble import load_members, predict_means
 
         members = load_members((self.run, *self.ensemble))
-        wanted, given = self.conditions or self.times, self.how(kind)
+        given = self.how(kind)
         if self.interval is None:
-            found = predict_means(members, adata, wanted, **given)
+            found = predict_means(members, adata, self.conditions or self.times, **given)
         else:
-            found = predict_intervals(members, adata, wanted, level=self.interval, **given)
+            found = predict_intervals(members, adata, self.conditions, level=self.interval, **given)
         (found.write_zarr if self.out.suffix == ".zarr" else found.write_h5ad)(self.out)
         layers = ", ".join(name for name in found.layers if name)
         print(f"{found.n_obs} means x {found.n_vars} genes over {len(members)} runs written to {self.out}: X, {layers}")
@@ -597,34 +597,37 @@ class Convert:
             raise ValueError(
                 "give --out, a new folder, for a file of weights; or --to-torch, a new file, for a folder."
             )
-        backwards = self.to_torch is not None
+        backwards = self.out is None
         of_other = ("model", "vocabulary", "genes", "set") if backwards else ("step",)
         wrong = [f.name for f in dataclasses.fields(self) if f.name in of_other and getattr(self, f.name) != f.default]
         if wrong:
             raise ValueError(f"--{wrong[0]} does nothing with {'--to-torch' if backwards else '--out'}; leave it out.")
         try:
-            self.to_file() if backwards else self.to_folder()
+            if self.out is not None:
+                self.to_folder(self.out)
+            elif self.to_torch is not None:
+                self.to_file(self.to_torch)
         except ImportError as err:
             raise ValueError(str(err)) from err
 
-    def to_file(self) -> None:
+    def to_file(self, path: Path) -> None:
         from scjax import convert
 
         if self.weights == "main":
             raise ValueError("--weights of a run are last, ema or best; got main.")
-        convert.check_new(self.to_torch)
+        convert.check_new(path)
         loaded = convert.load(self.what, self.step, weights=self.weights)
         state = convert.to_torch(loaded.weights)
-        convert.write_torch(self.to_torch, state)
+        convert.write_torch(path, state)
         count = sum(tensor.size for tensor in state.values())
-        print(f"{len(state)} tensors, {count} values, from step {loaded.step} written to {self.to_torch}")
+        print(f"{len(state)} tensors, {count} values, from step {loaded.step} written to {path}")
 
-    def to_folder(self) -> None:
+    def to_folder(self, folder: Path) -> None:
         from scjax import convert
         from scjax.data.spec import DataSpec
 
-        if self.out.exists():
-            raise ValueError(f"out {self.out} exists already and is not overwritten; choose another name.")
+        if folder.exists():
+            raise ValueError(f"out {folder} exists already and is not overwritten; choose another name.")
         if self.weights == "best":
             raise ValueError("--weights of a file are main, ema or last; got best.")
         chosen = _assignments("set", self.set, "n_heads=4")
@@ -639,8 +642,8 @@ class Convert:
         state = convert.read_torch(self.what, weights=self.weights or "main")
         weights = convert.from_torch(state, self.model, **known)
         source = {"source": self.what.name, "sha256": convert.digest(self.what)}
-        convert.save(self.out, weights, **source, genes=genes, vocabulary=vocabulary, spec=spec)
-        print(convert.told(self.out))
+        convert.save(folder, weights, **source, genes=genes, vocabulary=vocabulary, spec=spec)
+        print(convert.told(folder))
 
 
 def _from_json_text(text: str) -> Any:

@@ -86,7 +86,8 @@ def told(mesh: Mesh) -> str:
     first, n_processes = mesh.devices.flat[0], len({device.process_index for device in mesh.devices.flat})
     of = f" of {n_processes} processes" if n_processes > 1 else ""
     axes = " x ".join(f"{mesh.shape[axis]} {axis}" for axis in AXES)
-    return f"trained on {mesh.size} devices{of} ({first.device_kind}): {axes}"
+    devices = "device" if mesh.size == 1 else "devices"
+    return f"trained on {mesh.size} {devices}{of} ({first.device_kind}): {axes}"
 
 
 def split(batch: Any, mesh: Mesh) -> Any:

@@ -167,7 +167,7 @@ def test_a_mesh_of_the_devices_at_hand():
     mesh = make_mesh()
     assert dict(mesh.shape) == {"batch": jax.device_count(), "cells": 1}
     assert mesh.axis_types == (jax.sharding.AxisType.Auto,) * 2
-    assert told(make_mesh(1)) == "trained on 1 devices (cpu): 1 batch x 1 cells"
+    assert told(make_mesh(1)) == "trained on 1 device (cpu): 1 batch x 1 cells"
 
 
 @pytest.mark.parametrize(

@@ -134,9 +134,9 @@ def load(folder: str | Path, step: int | None = None, *, weights: WhichParams | 
     choices = {name: params for name, params in choices.items() if params is not None}
     if weights is None and len(choices) > 1:
         raise ValueError(f"weights must say which of {', '.join(choices)} are meant: {folder} keeps all of them.")
-    weights = next(iter(choices)) if weights is None else weights
-    if weights not in choices:
-        raise ValueError(f"weights must be one of {', '.join(choices)}, which {folder} has; got {weights!r}.")
+    chosen = next(iter(choices)) if weights is None else weights
+    if chosen not in choices:
+        raise ValueError(f"weights must be one of {', '.join(choices)}, which {folder} has; got {chosen!r}.")
     config = from_dict(
         SYSTEMS[system].model.Config, about["model"] if "model" in about else about["experiment"]["model"]
     )
@@ -152,7 +152,7 @@ def load(folder: str | Path, step: int | None = None, *, weights: WhichParams | 
         weights=Weights(
             system=system,
             config=config,
-            params=jax.tree.map(jnp.asarray, choices[weights]),
+            params=jax.tree.map(jnp.asarray, choices[chosen]),
             constants=constants,
             spaces=spaces,
             originals=found.arrays.get("originals", {}) if converted.get("from_state_dict") else None,

@@ -90,7 +90,7 @@ def write_torch(path: str | Path, state: Mapping[str, np.ndarray]) -> None:
     beside = folder / path.name
     try:
         if path.suffix == ".npz":
-            np.savez(beside, **state)
+            np.savez(beside, **state)  # pyright: ignore[reportArgumentType]
         else:
             torch = _torch(path)
             torch.save({name: torch.from_numpy(np.array(value)) for name, value in state.items()}, beside)

@@ -72,8 +72,9 @@ class Blank(dict):
         given = None if self.originals is None else self.originals.get(name)
         if given is not None and not _fits(np.shape(given), shape):
             raise ValueError(f"originals: {name} has the shape {np.shape(given)}; wanted {shape}.")
-        sizes = tuple(unknown if n is None else n for n in shape) if given is None else np.shape(given)
-        if None in sizes or (value is None and given is None):
+        wanted = (unknown if n is None else n for n in shape) if given is None else np.shape(given)
+        sizes = tuple(n for n in wanted if n is not None)
+        if len(sizes) < len(shape) or (value is None and given is None):
             raise ValueError(
                 f"{name} is no parameter of ours, and the parameters do not tell it: hand in originals, the state dict "
                 "of the PyTorch model that it is for."

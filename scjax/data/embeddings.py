@@ -71,12 +71,12 @@ def check_table(
             values; vectors of zeros, which would pass for the control (but the control's own may be zero). Each lists
             all the names that it is about.
     """
-    rows = list(rows.items() if isinstance(rows, Mapping) else rows)
-    if not rows:
+    pairs = list(rows.items()) if isinstance(rows, Mapping) else list(rows)
+    if not pairs:
         raise ValueError("the table must hold at least one vector; it is empty.")
     spelled: dict[str, list[str]] = {}
     unread, found = [], {}
-    for given, values in rows:
+    for given, values in pairs:
         try:
             name = _canonical(str(given), separator, control)
         except ValueError as err:

@@ -9,6 +9,7 @@ from scjax.data.spec import AnnData
 from scjax.metrics.conformal import calibrate
 from scjax.predict import Trained
 from scjax.predict.ensemble import observed_means, populations_of, predict_means
+from scjax.predict.timeseries import TrainedTimeSeries
 from scjax.types import Population
 
 __all__ = ["predict_intervals"]
@@ -50,14 +51,16 @@ def predict_intervals(
         intervals are infinite where they are: too few calibration populations for the level.
 
     Raises:
-        ValueError: as `predict`; calibration populations that training saw, that are asked for, or none; one member
-            and by_spread.
+        ValueError: as `predict`; runs of a time series; calibration populations that training saw, that are asked for,
+            or none; one member and by_spread.
     """
     positive("floor", floor)
     if by_spread and len(members) < 2:
         raise ValueError("by_spread=True takes the spread between members, and there is one; give more runs.")
-    asked = predict_means(members, adata, conditions, **options)
+    if isinstance(members[0], TrainedTimeSeries):
+        raise ValueError("members must be of perturbations; a time series has no conditions to calibrate on.")
     split = members[0].split
+    asked = predict_means(members, adata, conditions, **options)
     kept = list(split.validation if calibration is None else calibration)
     if not kept:
         raise ValueError(

@@ -136,9 +136,9 @@ def observed_means(members: Sequence[Trained], adata: AnnData, means: AnnData) -
     Raises:
         ValueError: as `populations_of`; a population without cells in `adata`.
     """
-    first = members[0]
+    first: Any = members[0]  # a run of a time series is refused next
     populations = populations_of(members, means)
-    look = of_cellsets.observed_cells if isinstance(first, TrainedCellSets) else observed_cells
+    look: Any = of_cellsets.observed_cells if isinstance(first, TrainedCellSets) else observed_cells
     place = {name: i for i, name in enumerate(first.genes)}
     columns = [place[name] for name in means.var_names]
     found = look(first, adata, populations)

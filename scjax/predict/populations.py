@@ -87,7 +87,7 @@ def unseen_parts(spec: DataSpec, trained: Iterable[str], asked: Iterable[tuple[s
     for part in sorted({part for parts in asked for part in parts} - trained):
         drug, dose = dose_of(part)
         seen = sorted(doses.get(drug, ())) if spec.vector_dose != "name" and dose is not None else []
-        if not seen:
+        if dose is None or not seen:
             found[part] = "in no training population: told by its vector alone"
         elif dose < seen[0] or dose > seen[-1]:
             found[part] = f"extrapolated: training saw {drug} at doses from {seen[0]:g} to {seen[-1]:g}"

@@ -178,6 +178,8 @@ def test_every_kind_of_model(kind, request):
     if kind == "series":
         with pytest.raises(ValueError, match="the rows of a time series are times"):
             populations_of(members, made)
+        with pytest.raises(ValueError, match="a time series has no conditions to calibrate on"):
+            predict_intervals(members, adata, wanted)
     else:
         assert np.isfinite(observed_means(members, adata, made)).all()
 

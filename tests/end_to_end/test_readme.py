@@ -110,7 +110,10 @@ def test_links_lead_somewhere(text):
     )
     assert places
     headings = {re.sub(r"[^\w -]", "", line.lstrip("# ")).lower().replace(" ", "-") for line in text.splitlines()}
+    no_results = not (ROOT / "benchmarks" / "results").is_dir()  # they are not part of the source distribution
     for place in places:
+        if no_results and place.startswith("benchmarks/results/"):
+            continue
         if place.startswith("#"):
             assert place[1:] in headings
         else:
