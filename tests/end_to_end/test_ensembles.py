@@ -179,7 +179,7 @@ def test_every_kind_of_model(kind, request):
         with pytest.raises(ValueError, match="the rows of a time series are times"):
             populations_of(members, made)
         with pytest.raises(ValueError, match="a time series has no conditions to calibrate on"):
-            predict_intervals(members, adata, wanted)
+            predict_intervals(members, adata, ["A"])
     else:
         assert np.isfinite(observed_means(members, adata, made)).all()
 
