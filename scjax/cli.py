@@ -10,7 +10,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, get_args, get_type_hints
 
@@ -116,6 +116,11 @@ class Train:
         from scjax.experiment import train
         from scjax.train.hooks import Progress, TensorBoard
 
+        kind = getattr(self.experiment.model, "perturbation", None)
+        if self.vectors is not None and kind != "vector":
+            raise ValueError(
+                f"--vectors {self.vectors} is for --model.perturbation vector; with {kind!r} nothing reads them."
+            )
         more = [TensorBoard(self.out / "tensorboard", resumed=self.resume)] if self.tensorboard else []
         several = hosts.start(self.coordinator, self.n_processes, self.process_id, detect=self.detect_processes)
         first = hosts.is_first()
@@ -123,8 +128,13 @@ class Train:
         if first:
             self.announce()
         on_disk = _stays_on_disk(self.data, self.on_disk, self.in_memory)
-        adata = hosts.together(lambda: _read_data(self.data, self.experiment.kind, on_disk=on_disk), "Reading the data")
-        _attach(adata, self.vectors, self.experiment.spec)
+
+        def read() -> Any:
+            adata = _read_data(self.data, self.experiment.kind, on_disk=on_disk)
+            _attach(adata, self.vectors, self.experiment.spec)
+            return adata
+
+        adata = hosts.together(read, "Reading the data")
         bar = Progress(self.experiment.cells_per_step, force=True)
         options = {"keep": self.keep, "mesh": shared, "shard_above": self.shard_above}
         done = train(
@@ -165,9 +175,9 @@ class Predict:
         verbose: print all settings of the run first.
         ensemble: folders of other runs of the same experiment, with other seeds: instead of cells the mean of each
             condition or time is written, over cells and runs, and how far the runs part (layers sd, lowest, highest).
-        interval: perturbations and cell sets: a chance, such as 0.9: the means, also of one run, with intervals (layers
-            low, high) that hold those of the observed cells so often, calibrated on the populations of `data` that the
-            split kept for validation (split conformal; see `scjax.experiment.predict_intervals`).
+        interval: perturbations and cell sets: a chance, such as 0.9. The means are written, also of one run, with
+            intervals (layers low, high) that hold the means of the observed cells with this chance. Populations of
+            `data` that the split kept for validation calibrate them: `scjax.experiment.predict_intervals`.
         times: time series: in the unit of the data, increasing; they need not have been observed.
         velocity: time series: write the observed cells of `data` with their velocities instead of a prediction; without
             --times, and without chance.
@@ -255,10 +265,7 @@ class Predict:
                 which: dict[str, Any] = {"contexts": given["contexts"], "genes": made.genes}
                 real = predict.observing(trained, adata, self.conditions, **which)
                 made = made.then(predict.observing(trained, adata, **which))
-            for name, stand_in in json.loads(made.uns["scjax"]["replaced"]).items():
-                print(f"{name} was in no training population; in its place: {stand_in}")
-            for name, told in json.loads(made.uns["scjax"]["unseen"]).items():
-                print(f"{name}: {told}")
+            _tell_unseen(made.uns["scjax"])
         written = made.write(self.out)
         print(f"{written.n_obs} cells x {written.n_vars} genes from step {trained.step} written to {self.out}")
         if real is not None and self.observed is not None:
@@ -271,6 +278,7 @@ class Predict:
         return {name: None if value == () else value for name, value in given.items()}
 
     def means(self, kind: str, adata: Any) -> None:
+        from scjax.data.writer import write_cells
         from scjax.experiment import predict_intervals
         from scjax.predict.ensemble import load_members, predict_means
 
@@ -280,7 +288,8 @@ class Predict:
             found = predict_means(members, adata, self.conditions or self.times, **given)
         else:
             found = predict_intervals(members, adata, self.conditions, level=self.interval, **given)
-        (found.write_zarr if self.out.suffix == ".zarr" else found.write_h5ad)(self.out)
+        write_cells(self.out, found)
+        _tell_unseen(found.uns["scjax"])
         layers = ", ".join(name for name in found.layers if name)
         print(f"{found.n_obs} means x {found.n_vars} genes over {len(members)} runs written to {self.out}: X, {layers}")
         if note := json.loads(found.uns["scjax"].get("conformal", "{}")).get("note"):
@@ -321,6 +330,14 @@ class Predict:
                 raise ValueError(
                     f"--{cells[0]} does nothing with --ensemble or --interval, which write means; leave it out."
                 )
+
+
+def _tell_unseen(about: Mapping[str, str]) -> None:
+    """What training never saw of what was asked for; nothing for a time series."""
+    for name, stand_in in json.loads(about.get("replaced", "{}")).items():
+        print(f"{name} was in no training population; in its place: {stand_in}")
+    for name, told in json.loads(about.get("unseen", "{}")).items():
+        print(f"{name}: {told}")
 
 
 _HOW = ("n_steps", "guidance", "zero_below")  # options of predictions of every kind of perturbation model
@@ -602,13 +619,10 @@ class Convert:
         wrong = [f.name for f in dataclasses.fields(self) if f.name in of_other and getattr(self, f.name) != f.default]
         if wrong:
             raise ValueError(f"--{wrong[0]} does nothing with {'--to-torch' if backwards else '--out'}; leave it out.")
-        try:
-            if self.out is not None:
-                self.to_folder(self.out)
-            elif self.to_torch is not None:
-                self.to_file(self.to_torch)
-        except ImportError as err:
-            raise ValueError(str(err)) from err
+        if self.out is not None:
+            self.to_folder(self.out)
+        elif self.to_torch is not None:
+            self.to_file(self.to_torch)
 
     def to_file(self, path: Path) -> None:
         from scjax import convert
@@ -636,6 +650,8 @@ class Convert:
         if columns:
             blank = DataSpec(space="lognormalised", perturbation="perturbation")
             spec = to_dict(override(blank, columns))
+            if "perturbation" not in columns:
+                raise ValueError("--set spec.perturbation=COLUMN must come with other columns of the data.")
         known = {key: _from_json_text(v) for key, v in chosen.items() if not key.startswith("spec.")}
         vocabulary = None if self.vocabulary is None else _read_json(self.vocabulary)
         genes = () if self.genes is None else _read_genes(self.genes)
@@ -735,7 +751,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("scjax: interrupted. A run goes on from its newest checkpoint with --resume.", file=sys.stderr)
         raise SystemExit(130) from None
-    except (ValueError, ArithmeticError, OSError, PeerError) as err:
+    except (ValueError, ArithmeticError, OSError, ImportError, PeerError) as err:
         notes = "".join(f"\n{note}" for note in (*getattr(err, "__notes__", ()), *_as_options(str(err), arguments)))
         print(f"scjax: {err}{notes}", file=sys.stderr)
         raise SystemExit(2) from err
@@ -747,11 +763,16 @@ def _again(arguments: list[str]) -> str:
         given = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         given.add_argument("--out")
         given.add_argument("--data", action="append", default=[])
-        given.add_argument("--vectors")
-        seen, _ = given.parse_known_args(arguments[1:])
-        vectors = ["--vectors", seen.vectors] if seen.vectors else []
-        data = [word for one in seen.data for word in ("--data", one)]
-        arguments = ["train", "--resume", "--out", seen.out, *data, *vectors]
+        for name in ("--vectors", "--keep", "--devices", "--shard-above"):
+            given.add_argument(name)
+        for name in ("--on-disk", "--in-memory", "--tensorboard"):
+            given.add_argument(name, action="store_true")
+        seen = vars(given.parse_known_args(arguments[1:])[0])
+        out, data = seen.pop("out"), seen.pop("data")
+        arguments = ["train", "--resume", "--out", out, *(word for one in data for word in ("--data", one))]
+        for name, value in seen.items():
+            if value:  # no setting of the run: those are read from its folder
+                arguments += [f"--{name.replace('_', '-')}", *([] if value is True else [value])]
     return shlex.join(["scjax", *arguments]) if arguments[:1] in (["train"], ["bench"]) else ""
 
 

@@ -250,11 +250,18 @@ def _of_perturbdiff(
     config, constants = weights.config, weights.constants or perturbdiff.Constants()
     if genes:
         _check_number("genes", _names("genes", genes), config.n_genes)
-    names = {role: [] for role in _ROLES}
+    if spec and (spec.get("space", "lognormalised") != "lognormalised" or spec.get("perturbation") is None):
+        raise ValueError(
+            "spec must name the column of perturbations, and cells be log-normalised, as PerturbDiff was trained; got "
+            f"perturbation={spec.get('perturbation')!r}, space={spec.get('space')!r}."
+        )
+    names: dict[str, list[Any]] = {role: [] for role in (*_ROLES, "dose")}
     for role, given in (vocabulary or {}).items():
         if role not in (*_ROLES, "dose"):
             raise ValueError(f"vocabulary of PerturbDiff has {', '.join(_ROLES)} and dose; got {role!r}.")
         if role == "dose":
+            names[role] = _doses(given)
+            _check_number("vocabulary: dose", names[role], config.n_doses or 0)
             continue
         names[role] = list(_names(role, given))
         table = getattr(constants, f"{role}_vectors", None)
@@ -272,6 +279,7 @@ def _of_perturbdiff(
             for role in _ROLES
             if getattr(config, role) != "none" and not names[role]
         ),
+        *(["the doses (--vocabulary)"] if config.n_doses is not None and not names["dose"] else []),
         *([] if spec else ["the columns of the data (--set spec.perturbation=COLUMN, ...)"]),
     ]
     nobody = {"space": "lognormalised", "perturbation": f"{_UNTOLD}this converted model lacks {', '.join(missing)}"}
@@ -300,7 +308,6 @@ def _of_perturbdiff(
         },
         "names": {
             **names,
-            "dose": [float(dose) for dose in (vocabulary or {}).get("dose", ())],
             "sources": sources,
             "covariates": list(columns.get("covariates", ())),
             **of_data,
@@ -339,6 +346,13 @@ def _names(what: str, given: Any) -> tuple[str, ...]:
     return tuple(given)
 
 
-def _check_number(what: str, names: Sequence[str], wanted: int, at_most: bool = False) -> None:
+def _doses(given: Any) -> list[float]:
+    """In the order of their ranks."""
+    if isinstance(given, str) or not isinstance(given, Sequence) or not all(type(d) in (int, float) for d in given):
+        raise ValueError(f"vocabulary: dose must be a list of numbers; got {given!r:.80}.")
+    return [float(dose) for dose in given]
+
+
+def _check_number(what: str, names: Sequence[Any], wanted: int, at_most: bool = False) -> None:
     if len(names) > wanted or (not at_most and len(names) < wanted):
         raise ValueError(f"{what} must be the model's {wanted}{' or fewer' if at_most else ''}; got {len(names)}.")

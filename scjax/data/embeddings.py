@@ -142,8 +142,7 @@ def attach(adata: AnnData, table: Mapping[str, Any], spec: DataSpec, *, every: b
     if every:
         populations, _ = spec.read_populations(adata)
         conditions = {population.perturbation for population in populations if not population.is_control}
-        of_condition = {"+".join(parts) for parts in conditions} & set(table)
-        parts = {part for names in conditions for part in names if "+".join(names) not in of_condition}
+        parts = {part for names in conditions for part in names}
         parts -= set(spec.vectors_of(parts, table))
         _check_lacking(sorted({part if spec.vector_dose == "name" else dose_of(part)[0] for part in parts}), table)
     import pandas as pd

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
@@ -228,6 +228,10 @@ class DataSpec:
         if self.cell_type_vectors is None:
             return {}
         return _vectors(self.cell_type_vectors, _uns("cell_type_vectors", self.cell_type_vectors, adata), "cell_type")
+
+    def without_vectors(self) -> "DataSpec":
+        """The same for cells of which nobody asks the vectors, as those of a run travel with its checkpoint."""
+        return replace(self, vectors=None, vector_dose="name")
 
     def vectors_of(self, names: Iterable[str], table: Mapping[str, Any]) -> dict[str, Float[np.ndarray, " features"]]:
         """What a model is told of each of these names (parts of conditions, doses in them) of which `table` has the

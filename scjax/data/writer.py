@@ -3,7 +3,7 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from scjax.data.disk import stacked_arrays
+from scjax.data.spec import AnnData
 
-__all__ = ["check_new_file", "writing_cells"]
+__all__ = ["check_new_file", "write_cells", "writing_cells"]
 
 _CELLS = 1024  # that a chunk of .zarr holds, and that are written together
 _SUFFIXES = (".h5ad", ".zarr")
@@ -47,22 +48,37 @@ def writing_cells(
     Args:
         obsm: widths by name; float32, like X and the layers.
     """
-    check_new_file(path)
-    path = Path(path)
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))  # what is under its own name is whole
-    beside = folder / path.name
-    try:
-        cells = _Cells(beside, path.suffix == ".zarr", n_cells, list(var_names), dict(obsm), list(layers))
+    with _whole(Path(path), f"{n_cells} cells x {len(var_names)} genes") as beside:
+        cells = _Cells(beside, beside.suffix == ".zarr", n_cells, list(var_names), dict(obsm), list(layers))
         try:
             yield cells
             cells.finish()
         finally:
             cells.close()
+
+
+def write_cells(path: str | Path, adata: AnnData) -> None:
+    """An AnnData that is in memory, to .h5ad or .zarr; after an error nothing is left.
+
+    Raises:
+        ValueError: as `check_new_file`.
+    """
+    with _whole(Path(path), f"{adata.n_obs} rows x {adata.n_vars} genes") as beside:
+        (adata.write_zarr if beside.suffix == ".zarr" else adata.write_h5ad)(beside)
+
+
+@contextmanager
+def _whole(path: Path, what: str) -> Iterator[Path]:
+    """Where to write what is then found at `path`, in a folder of its own: what is under its own name is whole."""
+    check_new_file(path)
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield folder / path.name
         if path.exists():
             raise ValueError(f"out {path} exists by now and is not overwritten.")
-        os.rename(beside, path)
+        os.rename(folder / path.name, path)
     except OSError as err:
-        err.add_note(f"While writing {n_cells} cells x {len(var_names)} genes to {path}; nothing of it was left there.")
+        err.add_note(f"While writing {what} to {path}; nothing of it was left there.")
         raise
     finally:
         shutil.rmtree(folder)

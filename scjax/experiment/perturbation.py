@@ -84,6 +84,10 @@ class PerturbationExperiment:
         check_loop(self)
         if self.spec.perturbation is None:
             raise ValueError("spec.perturbation must name the obs column of what was done to the cells; got None.")
+        if self.spec.pooling != "mean":
+            raise ValueError(
+                f"spec.pooling={self.spec.pooling!r} is of cell sets; scDFM takes the mean of the parts' embeddings."
+            )
         if self.spec.space == "latent":
             raise ValueError(
                 "spec.space='latent', but scDFM generates expression: give counts or log-normalised values."

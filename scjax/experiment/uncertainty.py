@@ -6,7 +6,7 @@ from typing import Any
 
 from scjax.check import positive
 from scjax.data.spec import AnnData
-from scjax.metrics.conformal import calibrate
+from scjax.metrics.conformal import calibrate, least_conditions
 from scjax.predict import Trained
 from scjax.predict.ensemble import observed_means, populations_of, predict_means
 from scjax.predict.timeseries import TrainedTimeSeries
@@ -55,6 +55,7 @@ def predict_intervals(
             or none; one member and by_spread.
     """
     positive("floor", floor)
+    least_conditions(level)  # an error before any cell is made
     if by_spread and len(members) < 2:
         raise ValueError("by_spread=True takes the spread between members, and there is one; give more runs.")
     if isinstance(members[0], TrainedTimeSeries):
@@ -67,10 +68,11 @@ def predict_intervals(
             "calibration must name populations that training did not see, and the split kept none for validation; "
             "train with a split that does (validation_fraction), or name some."
         )
+    wanted = set(populations_of(members, asked))
     for population in kept:
         if population in split.train:
             raise ValueError(f"calibration must not hold what training saw, whose errors are too small: {population}.")
-        if population in set(populations_of(members, asked)):
+        if population in wanted:
             raise ValueError(f"calibration and conditions must differ; {population} is in both.")
     made = _means_of(members, adata, kept, options)
     observed = observed_means(members, adata, made)

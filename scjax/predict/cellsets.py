@@ -259,7 +259,7 @@ def observed_cells(
     """
     if isinstance(adata, Sequence):
         adata = join(adata, trained.spec, absent=trained.about["experiment"]["absent"]).adata
-    trained.spec.check(adata, min_cells=1, every_context=False)
+    trained.spec.without_vectors().check(adata, min_cells=1, every_context=False)
     return cells_of(trained, adata, populations)
 
 

@@ -41,7 +41,8 @@ def embedded_velocity(
     at_least("the number of cells", len(latent), 2)
     at_least("n_neighbours", n_neighbours, 1)
     positive("temperature", temperature)
-    finite("the embedding", embedding)
+    for name, values in (("latent", latent), ("velocity", velocity), ("embedding", embedding)):
+        finite(f"the {name}", values)
     k = min(n_neighbours, len(latent) - 1)
     squares = np.einsum("cd,cd->c", latent, latent)
     arrows = np.empty(embedding.shape, np.float32)
@@ -69,6 +70,9 @@ def sparse_attention(
         blocks: attention of one population [heads, receivers, senders] in blocks of receivers, in order.
         cells: the numbers of its cells, by which the entries are named.
         n_partners: of each receiver, itself left out; all where there are fewer.
+
+    Raises:
+        ValueError: n_partners below 1.
     """
     at_least("n_partners", n_partners, 1)
     k, start = min(n_partners, len(cells) - 1), 0

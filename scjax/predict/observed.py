@@ -50,7 +50,7 @@ def observing(
         cells: AnnData = join(adata, trained.spec, absent=trained.about["experiment"]["absent"]).adata
     else:
         cells = adata
-    trained.spec.check(cells, min_cells=1, every_context=False)
+    trained.spec.without_vectors().check(cells, min_cells=1, every_context=False)
     conditions = list(conditions)
     wanted: list[tuple[str, ...]] = asked_conditions(trained.spec, conditions) if conditions else []
     known, population_of = trained.spec.read_populations(cells)

@@ -184,7 +184,7 @@ def observed_cells(
     Raises:
         ValueError: what `DataSpec.check` finds, a population without cells.
     """
-    trained.spec.check(adata, min_cells=1)
+    trained.spec.without_vectors().check(adata, min_cells=1)
     return cells_of(trained, adata, populations)
 
 

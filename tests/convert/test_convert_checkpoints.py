@@ -186,6 +186,9 @@ def test_names_of_perturbdiff(tmp_path):
         ({"vocabulary": {"donor": ["a"]}}, "has perturbation, cell_type, batch and dose; got 'donor'"),
         ({"vocabulary": {"batch": {"a": 0, "b": 2}}}, "batch must give the ids 0, 1, ... to its 2 names"),
         ({"vocabulary": {"batch": ["a", 3]}}, "batch must be a list of names"),
+        ({"vocabulary": {"dose": [0.5]}}, "vocabulary: dose must be the model's 0; got 1"),
+        ({"vocabulary": {"dose": ["much"]}}, "dose must be a list of numbers"),
+        ({"spec": {"perturbation": "x", "space": "counts"}}, "cells be log-normalised.*space='counts'"),
     ],
 )
 def test_names_that_do_not_fit_perturbdiff(tmp_path, more, message):
@@ -205,6 +208,18 @@ def test_names_of_vectors(tmp_path):
     without = weights._replace(config=replace(weights.config, batch="none", n_batches=None))
     with pytest.raises(ValueError, match="the model has no batchs to be named"):
         convert.save(tmp_path / "none", without, **SOURCE, vocabulary={"batch": ["a"]})
+
+
+def test_doses_are_among_what_a_prediction_needs(tmp_path):
+    weights = weights_like("perturbdiff")
+    weights = weights._replace(config=replace(weights.config, n_doses=2))
+    complete = {"genes": GENES, "spec": {"perturbation": "drug", "dose": "dose"}}
+    convert.save(tmp_path / "without", weights, **SOURCE, **complete, vocabulary=NAMES)
+    assert "the doses (--vocabulary)" in convert.told(tmp_path / "without")
+    convert.save(tmp_path / "with", weights, **SOURCE, **complete, vocabulary=NAMES | {"dose": [0, 0.5]})
+    trained = predict.load(tmp_path / "with")
+    assert trained.names.dose == (0.0, 0.5)
+    assert trained.about["trained"]["dose"] == [0.0, 0.5]
 
 
 def test_scimf_has_no_names(tmp_path):

@@ -1,5 +1,7 @@
 """Cell sets: who is in a set, who may be whose control, and which sources and genes a cell has."""
 
+from dataclasses import replace
+
 import anndata
 import numpy as np
 import pandas as pd
@@ -352,6 +354,8 @@ def test_vectors_follow_the_names():
     np.testing.assert_array_equal(data.vectors, np.array([[2, 6], [1, 5], [2, 6], [3, 7]], np.float32))
     np.testing.assert_array_equal(data.cell_type_vectors, np.array([[4, 5, 6], [1, 2, 3]], np.float32))
     assert (data.sizes["n_perturbation_features"], data.sizes["n_cell_type_features"]) == (2, 3)
+    added = prepare_cell_sets(adata, replace(spec, pooling="sum"), HoldOutNone(), STEPS)
+    np.testing.assert_array_equal(added.vectors[2], [4, 12])
     del adata.uns["types"]["T cell"]
     with pytest.raises(ValueError, match=r"cell_type_vectors: adata.uns\['types'\] has none for 1 cell types"):
         prepare_cell_sets(adata, spec, HoldOutNone(), STEPS)

@@ -139,8 +139,8 @@ def test_attaching_lists_what_is_missing_with_the_nearest_names():
         attach(adata, table, SPEC, every=False)
     with pytest.raises(ValueError, match="got perturbation='condition', vectors=None"):
         attach(screen("KLF1"), table, replace(SPEC, vectors=None))
-    # A combination with a vector of its own needs none of its parts.
-    attach(screen("A+B"), {"B+A": [1.0, 2.0]}, SPEC)
+    with pytest.raises(ValueError, match="'A', 'B'"):  # a combination's own vector does not tell those of its parts
+        attach(screen("A+B"), {"B+A": [1.0, 2.0]}, SPEC)
 
 
 # -- doses as numbers

@@ -201,6 +201,13 @@ def test_command(folders, adata, means, tmp_path, capsys):
     main([*command, "--interval", "0.9", "--out", str(tmp_path / "intervals.h5ad")])
     assert "the intervals are infinite:" in capsys.readouterr().out
     assert np.isinf(anndata.read_h5ad(tmp_path / "intervals.h5ad").layers["high"]).all()
+    main([*command, "--interval", "0.5", "--out", str(tmp_path / "half.zarr")])
+    half = anndata.read_zarr(tmp_path / "half.zarr")
+    assert json.loads(half.uns["scjax"]["conformal"])["level"] == 0.5
+    assert (half.layers["low"] < half.layers["high"]).all()
+    with pytest.raises(SystemExit):
+        main([*command, "--interval", "90", "--out", str(tmp_path / "no.h5ad")])
+    assert "level must lie in" in capsys.readouterr().err
     for wrong in (["--step", "6"], ["--observed", str(tmp_path / "real.h5ad")]):
         with pytest.raises(SystemExit):
             main([*command, "--interval", "0.9", "--out", str(tmp_path / "no.h5ad"), *wrong])

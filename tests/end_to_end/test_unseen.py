@@ -224,6 +224,9 @@ def test_the_way_of_a_table(tmp_path, monkeypatch, capsys):
     assert "new: in no training population: told by its vector alone" in told
     assert anndata.read_h5ad("new.h5ad").n_obs == 6
 
+    main([*ask, "--conditions", "g1", "--out", "g1.h5ad", "--observed", "real.h5ad"])  # whose vector nobody asks for
+    assert set(anndata.read_h5ad("real.h5ad").obs["condition"]) == {"g1", "control"}
+
     evaluation = ["evaluate", "--runs", "run", "--data", "cells.h5ad", "--n-draws", "1"]
     main([*evaluation, "--vectors", "table.csv", "--out", "scores.json"])
     told = capsys.readouterr().out
@@ -236,7 +239,17 @@ def test_the_way_of_a_table(tmp_path, monkeypatch, capsys):
 
 def test_an_interrupted_training_goes_on_with_its_table():
     given = ["train", "--preset", "scdfm/kang", "--vectors", "a table.csv", "--data", "x.h5ad", "--out", "run"]
-    assert _again(given) == "scjax train --resume --out run --data x.h5ad --vectors 'a table.csv'"
+    again = "scjax train --resume --out run --data x.h5ad --vectors 'a table.csv'"
+    assert _again(given) == again
+    ways = ["--keep", "5", "--devices", "2", "--on-disk", "--tensorboard"]  # how it runs, which no settings file tells
+    assert _again([*given, "--n-steps", "9", *ways]) == f"{again} {' '.join(ways)}"
+
+
+def test_a_model_that_reads_no_vectors_takes_no_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.json").write_text(to_json(tiny_perturbation.EXPERIMENT))
+    told = refused(capsys, "train", "--config", "tiny.json", "--data", "x.h5ad", "--out", "run", "--vectors", "t.csv")
+    assert "is for --model.perturbation vector; with 'gene' nothing reads them" in told
 
 
 def test_a_run_without_vectors_takes_no_table(tmp_path, monkeypatch, capsys, perturbation_run):
