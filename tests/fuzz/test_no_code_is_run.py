@@ -21,6 +21,7 @@ SOURCES = sorted(p for part in ("scjax", "benchmarks", "tests") for p in (ROOT /
 FORBIDDEN_IMPORTS = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 ARCHIVES = {"tarfile", "zipfile"}  # members may be named ../../anything
 FORBIDDEN_CALLS = {"read_pickle", "unpack_archive", "extractall"}
+UNPACKS_ITS_OWN = "test_package.py"  # the distributions that it has built
 HERE = {"test_no_code_is_run.py", "test_fuzz_checkpoint.py"}  # they write pickles, to hand them to readers
 
 
@@ -37,6 +38,8 @@ def breaches(path):
             called = ast.unparse(node.func)
             last = called.rpartition(".")[2]
             options = {k.arg: ast.unparse(k.value) for k in node.keywords}
+            if last == "extractall" and path.name == UNPACKS_ITS_OWN:
+                continue
             if last in FORBIDDEN_CALLS or (in_package and called in ("eval", "exec", "compile", "__import__")):
                 yield node.lineno, called
             if options.get("allow_pickle", "False") != "False":
