@@ -41,6 +41,17 @@ def x64():
         yield
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """PyTorch's: small work on several threads of a busy machine waits at their barriers."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The real data sets beside the checkout; they are not part of the repository."""

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from scjax.check import at_least, one_of, suggestion
-from scjax.data.conditions import CONTROL, dose_of
+from scjax.data.conditions import CONTROL, JOIN_CONTEXT, dose_of
 from scjax.data.expression import ModelCells, check_steps, fit_expression, transformed
 from scjax.data.preprocess import Preprocess, Transform
 from scjax.data.sampling import CovariateRole
@@ -43,7 +43,6 @@ Unmatched: TypeAlias = Literal["fallback", "error"]
 
 _ROLES: tuple[CovariateRole, ...] = ("perturbation", "cell_type", "batch")
 _SHARED = 3  # the part of a control cell that all parts may use
-_JOIN_CONTEXT = " | "
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,11 +76,11 @@ class CovariateNames:
         ids = {"perturbation": self.id_of("perturbation", population.condition)}
         if self.dose:
             ids["dose"] = self.dose_rank(population)
-        values = population.context.split(_JOIN_CONTEXT) if population.context else []
+        values = population.context.split(JOIN_CONTEXT) if population.context else []
         if len(values) != len(self.covariates):
             raise ValueError(
                 f"The context {population.context!r} must hold a value for each of {len(self.covariates)} covariates "
-                f"({', '.join(self.covariates) or 'none'}), joined by {_JOIN_CONTEXT!r}."
+                f"({', '.join(self.covariates) or 'none'}), joined by {JOIN_CONTEXT!r}."
             )
         of_column = dict(zip(self.covariates, values, strict=True))
         for role, key in (("cell_type", self.cell_type_column), ("batch", self.batch_column)):
@@ -512,7 +511,7 @@ def _divided(
     rule = split.rule
     if isinstance(rule, HoldOutCrossed):  # as in the code: by donor, or by cell line
         places = [covariates.index(name) for name in rule.covariates]
-        unit_of = [tuple(p.context.split(_JOIN_CONTEXT)[i] for i in places) for p in populations]
+        unit_of = [tuple(p.context.split(JOIN_CONTEXT)[i] for i in places) for p in populations]
     else:
         unit_of = [(p.context,) for p in populations]
     place = {unit: i for i, unit in enumerate(dict.fromkeys(unit_of))}

@@ -12,6 +12,7 @@ from scjax.types import Population
 
 __all__ = [
     "CONTROL",
+    "JOIN_CONTEXT",
     "CellKinds",
     "EmbeddingKind",
     "OnUnknown",
@@ -38,7 +39,7 @@ VectorDose: TypeAlias = Literal["name", "append", "product"]
 Pooling: TypeAlias = Literal["mean", "sum"]
 
 _JOIN = "+"  # of canonical names, whatever the separator of the data is
-_JOIN_CONTEXT = " | "  # of the covariates' values
+JOIN_CONTEXT = " | "  # of the covariates' values
 
 
 def canonical(name: str, separator: str = "+", control: Collection[str] = (CONTROL, "ctrl")) -> tuple[str, ...]:
@@ -290,11 +291,11 @@ def read_kinds(
             except ValueError as err:
                 found.problems[i] = f"perturbation: {err}"
         for key, value in zip(covariates, context, strict=True):
-            if value is not None and _JOIN_CONTEXT in value:
+            if value is not None and JOIN_CONTEXT in value:
                 found.problems[i] = (
-                    f"covariates: {value!r} of obs[{key!r}] holds {_JOIN_CONTEXT!r}, which joins covariates. Rename it."
+                    f"covariates: {value!r} of obs[{key!r}] holds {JOIN_CONTEXT!r}, which joins covariates. Rename it."
                 )
-        found.populations.append(Population(parts, _JOIN_CONTEXT.join(value or "" for value in context)))
+        found.populations.append(Population(parts, JOIN_CONTEXT.join(value or "" for value in context)))
         found.spellings.append(spelling if len(spelling) != 1 or spelling == (CONTROL,) else (*spelling, CONTROL))
     return found
 

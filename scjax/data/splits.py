@@ -17,7 +17,7 @@ import numpy as np
 
 from scjax.check import at_least, increasing, one_of, probability, suggestion
 from scjax.config import from_dict, from_json, to_json
-from scjax.data.conditions import CONTROL, canonical
+from scjax.data.conditions import CONTROL, JOIN_CONTEXT, canonical
 from scjax.types import Population
 
 __all__ = [
@@ -666,7 +666,7 @@ def _context_parts(
                 f"{rule}: covariate must be one of the covariates of the data, which are "
                 f"{', '.join(map(repr, covariates)) or 'none'}; got {name!r}.{suggestion(name, covariates)}"
             )
-    parts_of = {p: p.context.split(" | ") for p in populations}
+    parts_of = {p: p.context.split(JOIN_CONTEXT) for p in populations}
     for p, parts in parts_of.items():
         if len(parts) != len(covariates):
             raise ValueError(

@@ -17,7 +17,7 @@ from scjax.check import at_least, finite, non_negative, one_of, suggestion
 from scjax.checkpoint import Checkpoint
 from scjax.config import from_dict
 from scjax.data.cellsets import CovariateNames, read_control_cells
-from scjax.data.conditions import CONTROL, OnUnknown, resolve_unknown, trained_names
+from scjax.data.conditions import CONTROL, JOIN_CONTEXT, OnUnknown, resolve_unknown, trained_names
 from scjax.data.disk import Subset, is_on_disk, stacked
 from scjax.data.expression import ModelCells
 from scjax.data.preprocess import Transform
@@ -55,7 +55,6 @@ __all__ = [
 Sampler: TypeAlias = Literal["ddim", "ddpm"]
 Data: TypeAlias = AnnData | Sequence[tuple[str, AnnData]]  # one file, or several with the names of their sources
 
-_CONTEXT = " | "  # joins the covariates' values in a context
 _OF_SAMPLER = {"eta": "ddim", "variance": "ddpm", "noise_weight": "ddpm"}
 
 
@@ -844,7 +843,7 @@ def _obs(trained: TrainedCellSets, population: Population, controls: Controls, m
     import pandas as pd
 
     names = trained.names
-    values = population.context.split(_CONTEXT) if population.context else []
+    values = population.context.split(JOIN_CONTEXT) if population.context else []
     drawn = {
         column: [getattr(names, role)[i] for i in controls.covariates[role][made.start]]
         for role, column in (("cell_type", names.cell_type_column), ("batch", names.batch_column))

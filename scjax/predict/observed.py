@@ -6,9 +6,9 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from scjax.check import suggestion
-from scjax.data.cellsets import join
+from scjax.data.conditions import JOIN_CONTEXT
 from scjax.data.disk import cells_at_once
-from scjax.data.source import open_source
+from scjax.data.source import join, open_source
 from scjax.data.spec import AnnData
 from scjax.predict.cellsets import TrainedCellSets
 from scjax.predict.parts import Part, Prediction
@@ -20,8 +20,6 @@ from scjax.types import Population
 __all__ = ["observing"]
 
 Data: TypeAlias = AnnData | Sequence[tuple[str, AnnData]]
-
-_CONTEXT = " | "  # joins the covariates' values in a context
 
 
 def observing(
@@ -93,7 +91,7 @@ def observing(
 def _obs(trained: Any, population: Population, names: np.ndarray) -> Any:
     import pandas as pd
 
-    values = population.context.split(_CONTEXT) if population.context else []
+    values = population.context.split(JOIN_CONTEXT) if population.context else []
     covariates = dict(zip(trained.spec.covariates, values, strict=True))
     told = {**covariates, "condition": population.condition, "context": population.context, "source_cell": names}
     return pd.DataFrame(told, index=names)

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from scjax.check import at_least, finite, non_negative, one_of, suggestion
 from scjax.checkpoint import Checkpoint
 from scjax.config import from_dict
-from scjax.data.conditions import OnUnknown, known_names, resolve_unknown, trained_names
+from scjax.data.conditions import JOIN_CONTEXT, OnUnknown, known_names, resolve_unknown, trained_names
 from scjax.data.expression import ModelCells, transformed
 from scjax.data.preprocess import Transform
 from scjax.data.spec import AnnData, DataSpec
@@ -48,8 +48,6 @@ __all__ = [
 ]
 
 Composition: TypeAlias = Literal["joint", "additive"]
-
-_CONTEXT = " | "  # joins the covariates' values in a context
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -402,7 +400,7 @@ def predicting(
 
     def parts() -> Iterator[Part]:
         for population, (x, drawn) in cells():
-            values = population.context.split(_CONTEXT)
+            values = population.context.split(JOIN_CONTEXT)
             obs = pd.DataFrame(
                 {
                     **dict(zip(trained.spec.covariates, values, strict=False)),

@@ -28,13 +28,7 @@ def each(kind):
     return pytest.mark.parametrize("case", goldens.or_absent("perturbdiff", kind, CASES[kind]))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Small work on several threads of a busy machine waits at their barriers."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
