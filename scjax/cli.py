@@ -172,6 +172,7 @@ class Predict:
             run's own number if left out.
         seed: of the noise, and of the draw of cells.
         step: of the checkpoint; the newest if left out.
+        devices: of this machine, that share the cells of a prediction; one if left out.
         verbose: print all settings of the run first.
         ensemble: folders of other runs of the same experiment, with other seeds: instead of cells the mean of each
             condition or time is written, over cells and runs, and how far the runs part (layers sd, lowest, highest).
@@ -192,6 +193,8 @@ class Predict:
         n_steps: of the solver or the sampler; the run's own if left out, as for all that follow.
         guidance: above 1 exaggerates what the condition does.
         zero_below: generated expression below it is set to zero.
+        chunk: perturbations, cell sets: cells (32) or sets (8) that are generated at once; more are faster on a GPU and
+            take memory. A multiple of the devices. The noise of a cell of perturbations depends on it.
         genes: perturbations: names of the genes to generate; all that training kept if left out.
         solver: perturbations: of the flow.
         composition: perturbations: "joint" asks the network for a combination, "additive" adds up what its parts do.
@@ -209,6 +212,7 @@ class Predict:
     n_cells: int | None = None
     seed: int = 0
     step: int | None = None
+    devices: int | None = None
     verbose: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     ensemble: tuple[Path, ...] = ()
     interval: float | None = None
@@ -224,6 +228,7 @@ class Predict:
     n_steps: int | None = None
     guidance: float | None = None
     zero_below: float | None = None
+    chunk: int | None = None
     genes: tuple[str, ...] = ()
     solver: Literal["rk4_38", "euler", "heun", "tsit5"] | None = None
     composition: Literal["joint", "additive"] | None = None
@@ -257,7 +262,7 @@ class Predict:
         if self.velocity:
             made = predicting_velocity(trained, adata, bases=self.bases, n_partners=self.partners)
         elif kind == "TimeSeriesExperiment":
-            made = predict.predicting(trained, adata, self.times, n_cells=self.n_cells, seed=self.seed)
+            made = predict.predicting(trained, adata, self.times, **self.how(kind))
         else:
             given = self.how(kind)
             made = predict.predicting(trained, adata, self.conditions, **given)
@@ -273,9 +278,14 @@ class Predict:
 
     def how(self, kind: str) -> dict[str, Any]:
         """The options of `predict` for this kind."""
+        from scjax.mesh import make_mesh
+
         more = () if kind == "TimeSeriesExperiment" else ("contexts", "on_unknown", *_HOW, *_OPTIONS[kind])
         given = {name: getattr(self, name) for name in ("n_cells", "seed", *more)}
-        return {name: None if value == () else value for name, value in given.items()}
+        given = {name: None if value == () else value for name, value in given.items()}
+        if self.chunk is None:
+            given.pop("chunk", None)  # each kind has its own
+        return given | {"mesh": None if self.devices is None else make_mesh(self.devices)}
 
     def means(self, kind: str, adata: Any) -> None:
         from scjax.data.writer import write_cells
@@ -318,8 +328,8 @@ class Predict:
             )
         if is_series and self.velocity == bool(self.times):
             raise ValueError("give --times for a prediction, or --velocity for the velocities of observed cells.")
-        if self.velocity and (self.n_cells is not None or self.seed):
-            raise ValueError("--n-cells and --seed are of a prediction; with --velocity leave them out.")
+        if self.velocity and (self.n_cells is not None or self.seed or self.devices is not None):
+            raise ValueError("--n-cells, --seed and --devices are of a prediction; with --velocity leave them out.")
         if not self.velocity and (self.bases or self.partners is not None):
             raise ValueError("--bases and --partners are of the velocities of observed cells; they need --velocity.")
         if not is_series and not self.conditions:
@@ -340,7 +350,7 @@ def _tell_unseen(about: Mapping[str, str]) -> None:
         print(f"{name}: {told}")
 
 
-_HOW = ("n_steps", "guidance", "zero_below")  # options of predictions of every kind of perturbation model
+_HOW = ("n_steps", "guidance", "zero_below", "chunk")  # options of predictions of every kind of perturbation model
 _OPTIONS = {
     "PerturbationExperiment": ("genes", "solver", "composition"),
     "CellSetExperiment": ("set_size", "sampler", "spacing", "eta"),

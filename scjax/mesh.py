@@ -18,13 +18,17 @@ from scjax.hosts import refuse_several
 
 __all__ = [
     "AXES",
+    "along_cells",
+    "check_predicting",
     "check_shared",
+    "everywhere",
     "fill_up",
     "make_mesh",
     "own_cells",
     "place",
     "put",
     "shardings",
+    "spread",
     "split",
     "template",
     "told",
@@ -79,6 +83,22 @@ def check_shared(mesh: Mesh | None, shard_above: int | None) -> None:
     left = set(range(jax.process_count())) - {device.process_index for device in mesh.devices.flat}
     if left:
         raise ValueError(f"mesh must hold devices of every process; it has none of {sorted(left)}.")
+
+
+def check_predicting(mesh: Mesh | None, what: str, n: int) -> None:
+    """Predictions of `n` things at once can be shared by the mesh; always without one.
+
+    Raises:
+        ValueError: its devices do not divide n, called `what`; several processes.
+    """
+    if mesh is not None:
+        refuse_several("a prediction on a mesh")
+        _divisible(what, n, mesh)
+
+
+def along_cells(mesh: Mesh) -> Mesh:
+    """The same devices, all of them along "cells": they share one population."""
+    return jax.make_mesh((1, mesh.size), AXES, axis_types=(AxisType.Auto,) * 2, devices=list(mesh.devices.flat))
 
 
 def told(mesh: Mesh) -> str:
@@ -230,6 +250,22 @@ def put(leaf: Any, sharding: Sharding) -> jax.Array:
         return jax.device_put(leaf, sharding)
     host = np.asarray(leaf)
     return jax.make_array_from_callback(host.shape, sharding, lambda part: host[part])
+
+
+def spread(tree: Any, mesh: Mesh | None) -> Any:
+    """Arrays of one length, of which each device gets a part; without a mesh all of it lies on the default device.
+
+    Raises:
+        ValueError: the devices do not divide the length.
+    """
+    if mesh is None:
+        return jax.tree.map(jax.numpy.asarray, tree)
+    return jax.tree.map(lambda leaf, cut: put(leaf, NamedSharding(mesh, cut)), tree, split(tree, mesh))
+
+
+def everywhere(tree: Any, mesh: Mesh | None) -> Any:
+    """Arrays that each device of the mesh holds; without a mesh as they are."""
+    return tree if mesh is None else jax.tree.map(lambda leaf: put(leaf, NamedSharding(mesh, PartitionSpec())), tree)
 
 
 def _grouped(name: str, option: str, shape: Sequence[int], mesh: Mesh) -> tuple[PartitionSpec, PartitionSpec]:

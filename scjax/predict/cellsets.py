@@ -11,8 +11,10 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int
 
+from scjax import mesh as meshes
 from scjax.check import at_least, finite, non_negative, one_of, suggestion
 from scjax.checkpoint import Checkpoint
 from scjax.config import from_dict
@@ -272,6 +274,7 @@ def generate(
     on_unknown: OnUnknown = "error",
     vectors: Mapping[str, Any] | None = None,
     chunk: int = 8,
+    mesh: Mesh | None = None,
 ) -> tuple[dict[Population, GeneratedSets], dict[str, str]]:
     """Cells of each population, and what stood for names that are not known.
 
@@ -285,13 +288,14 @@ def generate(
             for a cell type or a batch that was in no set of training, where the model has a table of them.
         vectors: external vectors by name, besides those of training; as a table has them, see `DataSpec.vector_dose`.
         chunk: sets that are generated together: memory against speed.
+        mesh: the devices that share each chunk, which must be a multiple of them (`scjax.mesh.make_mesh()` for all).
 
     Raises:
         ValueError: an unknown perturbation, dose, cell type or batch, the control where it was never a target, guidance
             without a model for it.
     """
     generation = trained.generation if generation is None else generation
-    made, replaced = _generating(trained, sources, populations, generation, seed, on_unknown, vectors, chunk)
+    made, replaced = _generating(trained, sources, populations, generation, seed, on_unknown, vectors, chunk, mesh)
     return dict(made()), replaced
 
 
@@ -304,16 +308,19 @@ def _generating(
     on_unknown: OnUnknown,
     vectors: Mapping[str, Any] | None,
     chunk: int,
+    mesh: Mesh | None,
 ) -> tuple[Callable[[], Iterator[tuple[Population, GeneratedSets]]], dict[str, str]]:
     """`generate`, one population after the other, once everything is known to be in order."""
     at_least("seed", seed, 0)
     at_least("chunk", chunk, 1)
+    meshes.check_predicting(mesh, "chunk", chunk)
     check_generation(generation, trained.config)
     width = generation.set_size or trained._sampling["n_cells"]
     generation = replace(generation, set_size=width)
     speaker = _Covariates(trained, on_unknown, vectors or {})
     plans = [plan for p in populations for plan in _plan(p, sources[p.context], generation, trained, speaker, seed)]
     embedding = speaker.embedding(plans)
+    params, constants = meshes.everywhere((trained.params, trained.constants), mesh)
 
     def sets() -> Iterator[tuple[_Set, np.ndarray]]:
         for start in range(0, len(plans), chunk):
@@ -325,15 +332,18 @@ def _generating(
         rows = [start + i % len(some) for i in range(chunk)]
         controls = np.stack([sources[plan.population.context].x[plan.rows] for plan in here])
         source = np.array([sources[plan.population.context].source for plan in here], np.int32)
-        cells = _sample(
-            trained.params,
-            jnp.asarray(controls),
-            jnp.asarray(embedding[rows]),
-            jnp.asarray(np.stack([plan.mask for plan in here])),
-            jnp.asarray(source) if trained.config.n_spaces > 1 else None,
-            None if trained.measured.all() else jnp.asarray(trained.measured[source]),
+        of_sets = (
+            controls,
+            embedding[rows],
+            np.stack([plan.mask for plan in here]),
+            source if trained.config.n_spaces > 1 else None,
+            None if trained.measured.all() else trained.measured[source],
             jnp.stack([plan.key for plan in here]),
-            trained.constants,
+        )
+        cells = _sample(
+            params,
+            *meshes.spread(of_sets, mesh),
+            constants,
             config=trained.config,
             generation=replace(generation, n_cells=1, zero_below=0.0),  # neither is of the program
         )
@@ -357,6 +367,7 @@ def predict(
     seed: int = 0,
     on_unknown: OnUnknown = "error",
     chunk: int = 8,
+    mesh: Mesh | None = None,
     **generation: Any,
 ) -> AnnData:
     """Cells of each condition in each context, generated in sets beside the control cells of `adata` in that context.
@@ -370,6 +381,7 @@ def predict(
         on_unknown: "mean" and "nearest" let others stand for a perturbation (or cell type, or batch) that training
             never saw, and say so in uns["scjax"]["replaced"]; "error" refuses.
         chunk: sets that are generated together: memory against speed.
+        mesh: the devices that share each chunk, which must be a multiple of them (`scjax.mesh.make_mesh()` for all).
         generation: fields of `SetGenerationConfig`, the run's own unless given: n_cells, set_size, n_steps, sampler,
             spacing, guidance, eta, ...; None is as not given.
 
@@ -384,8 +396,8 @@ def predict(
         ValueError: no control cells, an unknown condition or context, bad values among the controls, an option that
             `SetGenerationConfig` does not have.
     """
-    options = {"contexts": contexts, "source": source, "seed": seed, "on_unknown": on_unknown, "chunk": chunk}
-    return predicting(trained, adata, conditions, **options, **generation).in_memory()
+    options = {"contexts": contexts, "source": source, "seed": seed, "on_unknown": on_unknown}
+    return predicting(trained, adata, conditions, **options, chunk=chunk, mesh=mesh, **generation).in_memory()
 
 
 def predicting(
@@ -398,6 +410,7 @@ def predicting(
     seed: int = 0,
     on_unknown: OnUnknown = "error",
     chunk: int = 8,
+    mesh: Mesh | None = None,
     **generation: Any,
 ) -> Prediction:
     """`predict`, one condition and context in memory at a time."""
@@ -412,7 +425,7 @@ def predicting(
     brought: dict[str, Any] = {}
     for part in [adata] if not isinstance(adata, Sequence) else [a for _, a in adata]:
         brought |= brought_vectors(trained.spec, part)
-    cells, replaced = _generating(trained, sources, populations, chosen, seed, on_unknown, brought, chunk)
+    cells, replaced = _generating(trained, sources, populations, chosen, seed, on_unknown, brought, chunk, mesh)
     genes = trained.measured[sorted({controls.source for controls in sources.values()})].all(axis=0)
 
     def parts() -> Iterator[Part]:

@@ -10,8 +10,10 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
+from scjax import mesh as meshes
 from scjax.check import at_least, finite, non_negative, one_of, suggestion
 from scjax.checkpoint import Checkpoint
 from scjax.config import from_dict
@@ -197,6 +199,7 @@ def generate(
     on_unknown: OnUnknown = "error",
     vectors: Mapping[str, Any] | None = None,
     chunk: int = 32,
+    mesh: Mesh | None = None,
 ) -> tuple[dict[Population, Generated], dict[str, str]]:
     """Cells of each population from the control cells of its context, and what stood for names that are not known.
 
@@ -209,6 +212,8 @@ def generate(
         on_unknown: see `data.conditions.resolve_unknown`.
         vectors: external vectors by name, besides those of training; as a table has them, see `DataSpec.vector_dose`.
         chunk: cells that are generated together: memory against speed; the noise of a cell depends on it.
+        mesh: the devices that share each chunk, which must be a multiple of them (`scjax.mesh.make_mesh()` for all);
+            the cells are those of one device but for rounding.
 
     Raises:
         ValueError: an unknown perturbation or gene, more perturbations at once than in training, the control where it
@@ -216,7 +221,9 @@ def generate(
     """
     generation = trained.generation if generation is None else generation
     genes = trained.genes if genes is None else tuple(genes)
-    made, replaced = _generating(trained, sources, populations, generation, genes, seed, on_unknown, vectors, chunk)
+    made, replaced = _generating(
+        trained, sources, populations, generation, genes, seed, on_unknown, vectors, chunk, mesh
+    )
     return dict(made()), replaced
 
 
@@ -230,10 +237,12 @@ def _generating(
     on_unknown: OnUnknown,
     vectors: Mapping[str, Any] | None,
     chunk: int,
+    mesh: Mesh | None,
 ) -> tuple[Callable[[], Iterator[tuple[Population, Generated]]], dict[str, str]]:
     """`generate`, one population after the other, once everything is known to be in order."""
     at_least("seed", seed, 0)
     at_least("chunk", chunk, 1)
+    meshes.check_predicting(mesh, "chunk", chunk)
     at_least("the number of genes", len(genes), 1)
     repeated = next((name for name, n in Counter(genes).items() if n > 1), None)
     if repeated is not None:
@@ -260,6 +269,7 @@ def _generating(
         embedding[population] = jnp.stack(parts)
         for some in stand_ins:
             replaced |= some
+    params, constants = meshes.everywhere((trained.params, trained.constants), mesh)
     weights = (1.0,)
     if generation.composition == "additive":
         weights = (*([1.0] * trained.n_slots), 1.0 - trained.n_slots)
@@ -280,14 +290,16 @@ def _generating(
             part = slice(start, start + chunk)
             # A short chunk repeats its cells, and drops them.
             begin, controls = (x[np.resize(rows[part], chunk)][:, columns] for rows in (drawn, shown))
+            here, told, step_key = meshes.everywhere(
+                (embedding[population], jnp.asarray(tokens), jax.random.fold_in(key, i)), mesh
+            )
             cells = _sample(
-                trained.params,
-                jnp.asarray(controls),
-                jnp.asarray(begin) if starts_as_control else None,
-                embedding[population],
-                jnp.asarray(tokens),
-                jax.random.fold_in(key, i),
-                trained.constants,
+                params,
+                *meshes.spread((controls, begin if starts_as_control else None), mesh),
+                here,
+                told,
+                step_key,
+                constants,
                 config=trained.config,
                 solver=generation.solver,
                 n_steps=generation.n_steps,
@@ -322,6 +334,7 @@ def predict(
     composition: Composition | None = None,
     zero_below: float | None = None,
     chunk: int = 32,
+    mesh: Mesh | None = None,
 ) -> AnnData:
     """Cells of each condition in each context, generated from the control cells of `adata` in that context.
 
@@ -337,6 +350,8 @@ def predict(
         on_unknown: "mean" and "nearest" let others stand for a perturbation that training never saw, and say so in
             uns["scjax"]["replaced"]; "error" refuses.
         chunk: cells that are generated together: memory against speed; the noise of a cell depends on it.
+        mesh: the devices that share each chunk, which must be a multiple of them (`scjax.mesh.make_mesh()` for all);
+            the cells are those of one device but for rounding.
 
     Returns:
         One row a cell. X: log-normalised expression, not negative, float32[rows, genes]; obs: condition, context, the
@@ -358,6 +373,7 @@ def predict(
         "composition": composition,
         "zero_below": zero_below,
         "chunk": chunk,
+        "mesh": mesh,
     }
     return predicting(trained, adata, conditions, **options).in_memory()
 
@@ -378,6 +394,7 @@ def predicting(
     composition: Composition | None = None,
     zero_below: float | None = None,
     chunk: int = 32,
+    mesh: Mesh | None = None,
 ) -> Prediction:
     """`predict`, one condition and context in memory at a time."""
     import pandas as pd
@@ -396,7 +413,9 @@ def predicting(
     populations = [Population(names, context) for names in asked for context in sources]
     genes = trained.genes if genes is None else tuple(genes)
     vectors = brought_vectors(trained.spec, adata)
-    cells, replaced = _generating(trained, sources, populations, generation, genes, seed, on_unknown, vectors, chunk)
+    cells, replaced = _generating(
+        trained, sources, populations, generation, genes, seed, on_unknown, vectors, chunk, mesh
+    )
 
     def parts() -> Iterator[Part]:
         for population, (x, drawn) in cells():

@@ -2,14 +2,17 @@
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from scjax import mesh as meshes
 from scjax.check import at_least, column, increasing
 from scjax.checkpoint import Checkpoint
 from scjax.config import from_dict
@@ -93,22 +96,38 @@ def project(trained: TrainedTimeSeries, adata: AnnData) -> Float[np.ndarray, "ce
 
 
 def simulate_cells(
-    trained: TrainedTimeSeries, x0: Float[np.ndarray, "cells dims"], times: Sequence[float], key: PRNGKeyArray
+    trained: TrainedTimeSeries,
+    x0: Float[np.ndarray, "cells dims"],
+    times: Sequence[float],
+    key: PRNGKeyArray,
+    *,
+    mesh: Mesh | None = None,
 ) -> scimf.Trajectory:
     """Cells of the first training time, in the model's space, at each of `times` (in the unit of the data).
 
     The kinetic energy counts from the first training time on.
 
+    Args:
+        mesh: the devices that share the population (`scjax.mesh.make_mesh()` for all); the number of cells must be a
+            multiple of them. The cells are those of one device but for rounding. attention="dense" is then computed
+            as "auto", for dense holds all pairs on one device.
+
     Raises:
         ValueError: no times, unsorted or repeated ones, one before the first of training, or, for a run with
-            time_scale="index", one that the data do not have.
+            time_scale="index", one that the data do not have; cells that the mesh cannot share.
     """
     times = _checked_times(trained, times)
+    meshes.check_predicting(mesh, "the number of cells (n_cells)", len(x0))
     start = trained.times[0]
     asked = times if times[0] == start else (start, *times)
     split, scale = trained.about["split"], trained.about["experiment"]["time_scale"]
     ts = solver_times(asked, trained.times, scale, split["train"])
-    path = _simulate(trained.params, jnp.asarray(x0), key, ts=ts, config=trained.config)
+    config = trained.config
+    if mesh is not None:
+        mesh = meshes.along_cells(mesh)
+        config = replace(config, attention="auto") if config.attention == "dense" else config
+    params, key = meshes.everywhere((trained.params, key), mesh)
+    path = _simulate(params, meshes.spread(x0, mesh), key, ts=ts, config=config, mesh=mesh)
     return jax.tree.map(lambda a: np.asarray(a)[len(asked) - len(times) :], path)
 
 
@@ -119,6 +138,7 @@ def predict(
     *,
     n_cells: int | None = None,
     seed: int = 0,
+    mesh: Mesh | None = None,
 ) -> AnnData:
     """The population at each of `times`, simulated from the cells of `adata` that were sampled at the first time.
 
@@ -130,6 +150,7 @@ def predict(
         n_cells: of the simulated population: drawn from the first cells without replacement, or with it if there are
             fewer; None takes each of them once.
         seed: of that draw and of the noise.
+        mesh: the devices that share the population, as for `simulate_cells`.
 
     Returns:
         One row a cell and time. X: normalised expression (log1p of library-size normalised counts, where that is what
@@ -139,9 +160,9 @@ def predict(
 
     Raises:
         ValueError: no cell of the first time, times before it, unsorted or (time_scale="index") not observed, missing
-            genes, bad values.
+            genes, bad values, cells that the mesh cannot share.
     """
-    return predicting(trained, adata, times, n_cells=n_cells, seed=seed).in_memory()
+    return predicting(trained, adata, times, n_cells=n_cells, seed=seed, mesh=mesh).in_memory()
 
 
 def predicting(
@@ -151,6 +172,7 @@ def predicting(
     *,
     n_cells: int | None = None,
     seed: int = 0,
+    mesh: Mesh | None = None,
 ) -> Prediction:
     """`predict`, with the simulated cells in the model's space in memory, and some of them as genes."""
     import pandas as pd
@@ -169,7 +191,7 @@ def predicting(
     if n_cells is not None:
         rows = np.random.default_rng(seed).choice(len(first), n_cells, replace=n_cells > len(first))
         x0, names = x0[rows], names[rows]
-    path = simulate_cells(trained, x0, times, jax.random.key(seed))
+    path = simulate_cells(trained, x0, times, jax.random.key(seed), mesh=mesh)
     latent = np.asarray(path.x).reshape(-1, path.x.shape[-1])
     obs = pd.DataFrame(
         {
@@ -351,9 +373,9 @@ def _chunks(n: int, n_genes: int) -> Iterator[slice]:
         yield slice(start, min(start + step, n))
 
 
-@partial(jax.jit, static_argnames=("ts", "config"))
-def _simulate(params, x0, key, *, ts, config):
-    return scimf.simulate(params, x0, ts, key, config=config)
+@partial(jax.jit, static_argnames=("ts", "config", "mesh"))
+def _simulate(params, x0, key, *, ts, config, mesh):
+    return scimf.simulate(params, x0, ts, key, config=config, mesh=mesh)
 
 
 _receiver_scores = jax.jit(scimf.receiver_scores, static_argnames=("softmax", "scale_by_value"))

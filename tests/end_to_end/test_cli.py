@@ -294,7 +294,7 @@ def test_mistakes(run, capsys, arguments, message):
     [
         (("--out", "p.h5ad"), "give --times for a prediction, or --velocity"),
         (("--out", "p.h5ad", "--times", "1", "--velocity"), "give --times for a prediction, or --velocity"),
-        (("--out", "p.h5ad", "--velocity", "--n-cells", "5"), "--n-cells and --seed are of a prediction"),
+        (("--out", "p.h5ad", "--velocity", "--n-cells", "5"), "--n-cells, --seed and --devices are of a prediction"),
         (("--out", "p.csv", "--times", "1"), "out must end in .h5ad or .zarr; got 'p.csv'"),
         (("--out", "no/p.h5ad", "--times", "1"), "would lie in a folder that does not exist; make no first"),
         (("--out", "p.h5ad", "--times", "2", "1"), "times must increase strictly; 1.0 after 2.0 is unsorted"),
