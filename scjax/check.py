@@ -12,6 +12,7 @@ __all__ = [
     "column",
     "finite",
     "increasing",
+    "listed",
     "non_negative",
     "one_of",
     "positive",
@@ -24,6 +25,12 @@ def suggestion(word: Any, known: Iterable[Any]) -> str:
     """` Did you mean 'x'?`, or nothing where no known word is near."""
     near = difflib.get_close_matches(str(word), [str(k) for k in known], n=1)
     return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def listed(words: Iterable[Any], most: int = 5, join: str = ", ") -> str:
+    """The first of them, for a message."""
+    words = [f"{word:g}" if isinstance(word, float) else str(word) for word in words]
+    return join.join(words[:most]) + (f"{join}..." if len(words) > most else "")
 
 
 def one_of(name: str, value: Any, options: Collection[Any]) -> None:

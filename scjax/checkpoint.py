@@ -10,8 +10,9 @@ A directory holds one run; each complete checkpoint is a folder in it, named by 
 A checkpoint knows nothing of devices. Arrays that are spread over several are stored whole, and come back on whatever
 devices the template names: what 8 devices saved, 1 or 2 processes of 2 go on from. With several processes
 (`scjax.hosts`) all of them open the writer and hand in their arrays; the first alone writes, so that what is said of
-one writer stays true. The arrays pass through the memory of its host, leaf by leaf; no device holds more of a leaf that
-is spread over processes than the whole of that one leaf.
+one writer stays true: where orbax writes from all of them, one that cannot write leaves the others waiting, for twenty
+minutes, before anybody is told. The arrays pass through the memory of its host, leaf by leaf; no device holds more of a
+leaf that is spread over processes than the whole of that one leaf.
 
 What the arrays mean and what `about` says is the caller's affair; this module writes atomically, keeps the last few,
 and notices what was damaged: every leaf is stored with a digest of its bytes, shape and dtype, which `read` checks.
@@ -30,7 +31,7 @@ import socket
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -322,13 +323,16 @@ def versions() -> dict[str, str]:
     """Of Python, scjax and the libraries that decide what a checkpoint means."""
     from scjax import __version__
 
+    return versions_of(_LIBRARIES) | {"scjax": __version__, "python": platform.python_version()}
+
+
+def versions_of(names: Iterable[str]) -> dict[str, str]:
+    """Of those that are installed: scjax may be a checkout on the path, others are optional."""
     found = {}
-    for name in _LIBRARIES:
-        try:
+    for name in names:
+        with suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue  # a source checkout on the path, or an optional part that is not installed
-    return found | {"scjax": __version__, "python": platform.python_version()}
+    return found
 
 
 def source_digest() -> str:

@@ -18,7 +18,7 @@ import tyro
 
 from scjax import __version__, predict
 from scjax.check import suggestion
-from scjax.config import override, to_dict, to_json
+from scjax.config import from_text, override, to_dict, to_json
 from scjax.experiment import Experiment, read_experiment
 from scjax.hosts import PeerError
 from scjax.train.loop import Interrupted
@@ -662,7 +662,7 @@ class Convert:
             spec = to_dict(override(blank, columns))
             if "perturbation" not in columns:
                 raise ValueError("--set spec.perturbation=COLUMN must come with other columns of the data.")
-        known = {key: _from_json_text(v) for key, v in chosen.items() if not key.startswith("spec.")}
+        known = {key: from_text(v, key) for key, v in chosen.items() if not key.startswith("spec.")}
         vocabulary = None if self.vocabulary is None else _read_json(self.vocabulary)
         genes = () if self.genes is None else _read_genes(self.genes)
         state = convert.read_torch(self.what, weights=self.weights or "main")
@@ -670,13 +670,6 @@ class Convert:
         source = {"source": self.what.name, "sha256": convert.digest(self.what)}
         convert.save(folder, weights, **source, genes=genes, vocabulary=vocabulary, spec=spec)
         print(convert.told(folder))
-
-
-def _from_json_text(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return text
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from scjax.check import suggestion
 
-__all__ = ["from_dict", "from_json", "override", "to_dict", "to_json"]
+__all__ = ["from_dict", "from_json", "from_text", "override", "to_dict", "to_json"]
 
 T = TypeVar("T")
 
@@ -92,7 +92,7 @@ def override(config: T, assignments: Mapping[str, Any]) -> T:
                 objects = [k for k, v in node.items() if isinstance(v, dict)]
                 raise ValueError(f"{dotted}: {place} is no object with fields.{suggestion(name, objects)}")
             node = inner
-        value = _from_text(value, dotted) if isinstance(value, str) else value
+        value = from_text(value, dotted) if isinstance(value, str) else value
         if last == "kind" and node.get("kind", value) != value:
             node.clear()
         node[last] = value
@@ -110,7 +110,12 @@ def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _from_text(text: str, at: str) -> Any:
+def from_text(text: str, at: str) -> Any:
+    """What a user wrote as the value of `at`: JSON, or else the text as it stands.
+
+    Raises:
+        ValueError: lists and objects that are nested too deeply.
+    """
     try:
         return json.loads(text)
     except ValueError:

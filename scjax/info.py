@@ -1,14 +1,13 @@
 """What a bug report needs: versions, platform, devices, flags, optional parts. Nothing of the user's own."""
 
-import importlib.metadata
 import os
 import platform
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 
-from scjax.checkpoint import source_digest, versions
+from scjax.checkpoint import source_digest, versions, versions_of
 
 __all__ = ["EXTRAS", "information"]
 
@@ -58,14 +57,9 @@ def information() -> str:
     return "\n".join(f"{name:<{width}}  {told}" for name, told in rows.items()) + "\n"
 
 
-def _versions(names: Iterable[str]) -> dict[str, str]:
-    found = {}
-    for name in names:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "missing"
-    return found
+def _versions(names: Sequence[str]) -> dict[str, str]:
+    found = versions_of(names)
+    return {name: found.get(name, "missing") for name in names}
 
 
 def _named(versions: Mapping[str, str]) -> str:

@@ -20,6 +20,7 @@ __all__ = [
     "Resolved",
     "VectorDose",
     "as_columns",
+    "as_number",
     "canonical",
     "canonical_parts",
     "dose_of",
@@ -333,7 +334,7 @@ def _dosed(
     whole: str, names: list[str], doses: tuple[str | None, ...], separator: str, control: tuple[str, ...]
 ) -> list[str]:
     if len(doses) < len(names):  # one column: a dose for all names, or one a name
-        shared = doses[0] is None or _number(doses[0]) is not None
+        shared = doses[0] is None or as_number(doses[0]) is not None
         doses = doses * len(names) if shared else tuple(doses[0].split(separator))  # pyright: ignore[reportOptionalMemberAccess]
         if len(doses) != len(names):
             raise _DoseError(f"{separator.join(doses)!r} has {len(doses)} numbers for the {len(names)} of {whole!r}.")  # pyright: ignore[reportArgumentType]
@@ -342,7 +343,7 @@ def _dosed(
         if name in control or not name:
             dosed.append(name)
             continue
-        number = _number(given)
+        number = as_number(given)
         if number is None or not (math.isfinite(number) and number > 0):
             what = "no value" if given is None else repr(given)
             mend = " A dose of zero is a control: give these cells its name." if number == 0 else ""
@@ -351,10 +352,11 @@ def _dosed(
     return dosed
 
 
-def _number(text: str | None) -> float | None:
+def as_number(text: Any) -> float | None:
+    """None where it is no number."""
     try:
-        return None if text is None else float(text)
-    except ValueError:
+        return float(text)
+    except (TypeError, ValueError):
         return None
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from scjax.check import at_least, suggestion
-from scjax.data.conditions import CONTROL, canonical, dose_of, with_dose
+from scjax.check import at_least, listed, suggestion
+from scjax.data.conditions import CONTROL, as_number, canonical, dose_of, with_dose
 from scjax.data.spec import AnnData, DataSpec
 
 __all__ = ["attach", "check_table", "morgan", "read_table"]
@@ -87,28 +87,28 @@ def check_table(
         except (TypeError, ValueError):
             unread.append(f"{given!r} has values that are not numbers.")
     if unread:
-        raise ValueError(f"names must be names of perturbations, and values numbers: {_some(unread, ' ')}")
+        raise ValueError(f"names must be names of perturbations, and values numbers: {listed(unread, join=' ')}")
     repeated = [" = ".join(map(repr, names)) for names in spelled.values() if len(names) > 1]
     if repeated:
         raise ValueError(
-            f"names must name a perturbation once; {len(repeated)} have several rows: {_some(repeated, '; ')}. Keep "
-            "one of each."
+            f"names must name a perturbation once; {len(repeated)} have several rows: {listed(repeated, join='; ')}. "
+            "Keep one of each."
         )
     lengths = {vector.shape for vector in found.values()}
     if len(lengths) > 1 or any(len(shape) != 1 or not shape[0] for shape in lengths):
         by_shape = {shape: [name for name, v in found.items() if v.shape == shape] for shape in lengths}
-        told = "; ".join(f"{shape} of {_some(list(map(repr, of)))}" for shape, of in sorted(by_shape.items()))
+        told = "; ".join(f"{shape} of {listed(map(repr, of))}" for shape, of in sorted(by_shape.items()))
         raise ValueError(f"vectors must be of one length, one row of numbers each; got {told}.")
     bad = [repr(name) for name, vector in found.items() if not np.isfinite(vector).all()]
     if bad:
         raise ValueError(
-            f"vectors must hold finite numbers; those of {len(bad)} names have NaN or infinite ones: {_some(bad)}. "
+            f"vectors must hold finite numbers; those of {len(bad)} names have NaN or infinite ones: {listed(bad)}. "
             "Fill them or leave these names out."
         )
     zero = [repr(name) for name, vector in found.items() if not vector.any() and name not in {CONTROL, *control}]
     if zero:
         raise ValueError(
-            f"vectors of zeros say that nothing was done; {len(zero)} names have one: {_some(zero)}. Leave them out, "
+            f"vectors of zeros say that nothing was done; {len(zero)} names have one: {listed(zero)}. Leave them out, "
             "and let on_unknown say what stands for them."
         )
     return found
@@ -238,27 +238,19 @@ def _of_text(path: Path, at: str) -> tuple[list[str], Any]:
     if frame.shape[1] == 2 and str(frame.columns[1]).strip().casefold() == "smiles":
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
-            raise ValueError(f"names must name a molecule once; {_some(list(map(repr, repeated)))} are repeated.")
+            raise ValueError(f"names must name a molecule once; {listed(map(repr, repeated))} are repeated.")
         found = morgan(dict(zip(names, map(str, frame.iloc[:, 1]), strict=True)))
         return list(found), list(found.values())
     if frame.empty:
         return names, []
     words = [str(name) for name in frame.columns[1:] if not pd.api.types.is_numeric_dtype(frame[name])]
     if words:
-        first = next(str(v) for v in frame[words[0]] if not _is_number(v))
+        first = next(str(v) for v in frame[words[0]] if as_number(v) is None)
         raise ValueError(
-            f"all columns but the first must hold numbers; {len(words)} do not ({_some(list(map(repr, words)))}), the "
+            f"all columns but the first must hold numbers; {len(words)} do not ({listed(map(repr, words))}), the "
             f"first such value is {first!r}."
         )
     return names, frame.iloc[:, 1:].to_numpy(np.float32)
-
-
-def _is_number(value: Any) -> bool:
-    try:
-        float(value)
-    except (TypeError, ValueError):
-        return False
-    return True
 
 
 def _of_npz(path: Path, at: str) -> tuple[list[str], Any]:
@@ -294,7 +286,3 @@ def _of_h5ad(path: Path, at: str) -> tuple[list[str], Any]:
         raise ValueError("at='X', but X is None; name a key of obsm.")
     matrix = matrix.toarray() if hasattr(matrix, "toarray") else np.asarray(matrix)
     return list(map(str, adata.obs_names)), matrix
-
-
-def _some(words: list[str], join: str = ", ") -> str:
-    return join.join(words[:_MOST]) + (f"{join}and {len(words) - _MOST} more" if len(words) > _MOST else "")

@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 import numpy as np
 from jaxtyping import Int
 
-from scjax.check import one_of
+from scjax.check import listed, one_of
 from scjax.data.conditions import CONTROL, dose_of, trained_names
 from scjax.data.evidence import Evidence
 from scjax.data.perturbation import unseen_axis
@@ -186,7 +186,7 @@ def _test_in_training(e: Evidence) -> Iterator[_Seen]:
     if both:
         yield (
             "error",
-            f"{len(both)} of {len(set(test))} held-out {_units(e)} are in training too: {_some(both)}.",
+            f"{len(both)} of {len(set(test))} held-out {_units(e)} are in training too: {listed(both)}.",
             "Take them out of one part; split_times and split_populations make disjoint ones.",
         )
 
@@ -203,7 +203,7 @@ def _test_as_validation(e: Evidence) -> Iterator[_Seen]:
             yield (
                 severity,
                 f"{len(both)} of {len(set(e.parts['validation']))} validation populations are in {other} too: "
-                f"{_some(both)}.",
+                f"{listed(both)}.",
                 "Keep some of the training populations for validation (validation_fraction); the test is opened once.",
             )
 
@@ -219,7 +219,7 @@ def _stale_split(e: Evidence) -> Iterator[_Seen]:
         if names:
             yield (
                 "error",
-                f"{_number(len(names), 'time' if e.is_series else 'population')} {what}: {_some(sorted(names))}.",
+                f"{_number(len(names), 'time' if e.is_series else 'population')} {what}: {listed(sorted(names))}.",
                 "Make the split again from its rule on these data, or load the data that it was made for.",
             )
 
@@ -249,11 +249,11 @@ def _two_names(e: Evidence) -> Iterator[_Seen]:
             (leaks if is_leak else aliases).setdefault(names, told)
     mend = "Give one perturbation one name, names joined by one sign, then split again."
     if leaks:
-        told = _some(leaks.values())
+        told = listed(leaks.values())
         yield "error", f"{_number(len(leaks), 'held-out condition')} under another name: {told}.", mend
     told = [told for names, told in aliases.items() if names not in leaks]
     if told:
-        yield "warning", f"{_number(len(told), 'pair')} of names for what looks like one: {_some(told)}.", mend
+        yield "warning", f"{_number(len(told), 'pair')} of names for what looks like one: {listed(told)}.", mend
 
 
 @_rule("control-by-another-name", "warning")
@@ -267,7 +267,7 @@ def _other_control(e: Evidence) -> Iterator[_Seen]:
         n = sum(count for p, count in e.n_cells_of.items() if set(found) & set(p.perturbation))
         yield (
             "warning",
-            f"{_some(map(repr, found))} of {n} cells count as perturbations; control is "
+            f"{listed(map(repr, found))} of {n} cells count as perturbations; control is "
             f"{' or '.join(map(repr, e.spec.control_names))}.",
             "Add the name to spec.control, if these cells are controls.",
         )
@@ -292,7 +292,7 @@ def _seen_elsewhere(e: Evidence) -> Iterator[_Seen]:
     seen = {axis: some for axis, some in axes.items() if "perturbation" not in axis}
     if not seen:
         return
-    told = "; ".join(f"{axis}: {len(some)} ({_some(some, 3)})" for axis, some in axes.items())
+    told = "; ".join(f"{axis}: {len(some)} ({listed(some, 3)})" for axis, some in axes.items())
     n, n_seen = sum(map(len, axes.values())), sum(map(len, seen.values()))
     promised = isinstance(e.split.rule, UnseenSingles | HoldOutGenes)
     yield (
@@ -316,7 +316,7 @@ def _start_scored(e: Evidence) -> Iterator[_Seen]:
             yield (
                 "error",
                 f"held-out times not after the first training time {min(e.split.train):g}, where simulations start: "
-                f"{_some(early)}.",
+                f"{listed(early)}.",
                 "Hold out later times; the start is given, not predicted.",
             )
 
@@ -436,7 +436,7 @@ def _stale_transform(e: Evidence) -> Iterator[_Seen]:
         yield (
             "error",
             f"the data lack {len(e.missing_genes)} of the transform's {len(e.transform.input_names)} genes: "
-            f"{_some(e.missing_genes)}.",
+            f"{listed(e.missing_genes)}.",
             mend,
         )
     genes = e.gene_choice if e.transform.preprocess.select_on == "train" else None
@@ -468,7 +468,7 @@ def _targets(e: Evidence) -> Iterator[_Seen]:
         yield (
             "note",
             f"{len(found)} of the {len(targets)} perturbed genes of the test are among the {len(genes)} features "
-            f"({_some(found)}); their own level tells which perturbation it is.",
+            f"({listed(found)}); their own level tells which perturbation it is.",
             "Read discrimination scores without the target genes beside those with them.",
         )
 
@@ -487,7 +487,8 @@ def _zero_vectors(e: Evidence) -> Iterator[_Seen]:
         zero = sorted(n for n in names if n in vectors and not np.any(own[n]))
         if zero:
             part = "held-out" if severity == "error" else "training"
-            yield severity, f"{_number(len(zero), f'{part} perturbation')} with a vector of zeros: {_some(zero)}.", mend
+            n_zero = _number(len(zero), f"{part} perturbation")
+            yield severity, f"{n_zero} with a vector of zeros: {listed(zero)}.", mend
     same: dict[bytes, list[str]] = defaultdict(list)
     for name in sorted({*test, *train}):
         if name in vectors and np.any(own[name]):
@@ -496,7 +497,7 @@ def _zero_vectors(e: Evidence) -> Iterator[_Seen]:
     if twins:
         yield (
             "warning",
-            f"{_number(len(twins), 'vector')} of held-out perturbations are those of others too: {_some(twins)}.",
+            f"{_number(len(twins), 'vector')} of held-out perturbations are those of others too: {listed(twins)}.",
             "The model cannot tell them apart. Give each its own, or read them as one.",
         )
 
@@ -516,7 +517,7 @@ def _duplicates_across(e: Evidence) -> Iterator[_Seen]:
         yield (
             "error" if share >= _MANY_COPIES else "warning",
             f"{len(copies)} of {int(e.is_test.sum())} held-out cells ({share:.2%}) are copies of training cells: "
-            f"{_some([f'{names[i]}={names[j]}' for i, j in first], 3)}.",
+            f"{listed([f'{names[i]}={names[j]}' for i, j in first], 3)}.",
             "Remove the copies before splitting; cells that were counted or padded twice are no new cells.",
         )
 
@@ -568,7 +569,8 @@ def _no_controls(e: Evidence) -> Iterator[_Seen]:
     if alone:
         yield (
             "warning",
-            f"{len(alone)} of {len(test)} held-out populations have no control cells of their context: {_some(alone)}.",
+            f"{len(alone)} of {len(test)} held-out populations have no control cells of their context: "
+            f"{listed(alone)}.",
             "Their effect is measured against other cells' controls; match within fewer covariates, or leave them out.",
         )
 
@@ -599,7 +601,7 @@ def _controls_differ(e: Evidence) -> Iterator[_Seen]:
         yield (
             "note",
             f"the controls of {len(far)} of {len(new)} held-out contexts are unlike those of any context with training "
-            f"perturbations: {_some(far)}.",
+            f"perturbations: {listed(far)}.",
             "A prediction there is an extrapolation; compare with the control itself as a baseline.",
         )
 
@@ -622,8 +624,8 @@ def _confounded(e: Evidence) -> Iterator[_Seen]:
             which = sorted({str(values[c]) for rows in alone.values() for c in np.unique(codes[rows])})
             yield (
                 "warning",
-                f"{len(alone)} of {len(e.held_out_groups)} held-out {_units(e)} ({_some(alone)}) are only in values of "
-                f"obs[{column!r}] that training has not ({_some(which)}).",
+                f"{len(alone)} of {len(e.held_out_groups)} held-out {_units(e)} ({listed(alone)}) are only in values "
+                f"of obs[{column!r}] that training has not ({listed(which)}).",
                 "Batch and effect cannot be told apart there; hold out what was measured beside training cells.",
             )
 
@@ -637,7 +639,7 @@ def _few_cells(e: Evidence) -> Iterator[_Seen]:
         yield (
             "warning",
             f"{len(few)} of {len(e.held_out_groups)} held-out {_units(e)} have fewer than {_FEW_CELLS} cells: "
-            f"{_some(told)}.",
+            f"{listed(told)}.",
             "Read their scores beside the real-against-real row, or leave them out.",
         )
 
@@ -738,11 +740,6 @@ def _units(e: Evidence) -> str:
 
 def _number(n: int, word: str) -> str:
     return f"{n} {word}{'' if n == 1 else 's'}"
-
-
-def _some(words: Collection[Any] | Iterable[Any], most: int = 5) -> str:
-    words = [f"{word:g}" if isinstance(word, float) else str(word) for word in words]
-    return ", ".join(words[:most]) + (", ..." if len(words) > most else "")
 
 
 def _loose(name: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import numpy as np
 from jaxtyping import Float, Int
 
-from scjax.check import column, one_of, positive, suggestion
+from scjax.check import column, listed, one_of, positive, suggestion
 from scjax.data.conditions import (
     CONTROL,
     CellKinds,
@@ -341,7 +341,7 @@ def _time_problems(spec: DataSpec, adata: AnnData, min_times: int) -> Iterator[s
     if words.any():
         seen = list(dict.fromkeys(str(v) for v in raw[words]))
         yield (
-            f"time: obs[{spec.time!r}] holds values that are not numbers ({_some(seen)}), which have no order and no "
+            f"time: obs[{spec.time!r}] holds values that are not numbers ({listed(seen)}), which have no order and no "
             f"distance. Provide numbers in one unit, for instance "
             f'adata.obs["time"] = adata.obs[{spec.time!r}].astype(str).map({{{seen[0]!r}: 0.0, ...}}).astype(float).'
         )
@@ -355,7 +355,7 @@ def _time_problems(spec: DataSpec, adata: AnnData, min_times: int) -> Iterator[s
     few = sorted(t for t, n in counted.items() if n < 2)
     if few and min_times > 1:
         yield (
-            f"time: each time needs at least 2 cells; {_some([repr(t) for t in few])} of obs[{spec.time!r}] "
+            f"time: each time needs at least 2 cells; {listed([repr(t) for t in few])} of obs[{spec.time!r}] "
             f"{'has' if len(few) == 1 else 'have'} one. Remove such cells or merge the time with its neighbour."
         )
 
@@ -394,7 +394,7 @@ def _cell_type_vector_problems(spec: DataSpec, adata: AnnData) -> Iterator[str]:
     if lacking:
         yield (
             f"cell_type_vectors: adata.uns[{spec.cell_type_vectors!r}] has none for {len(lacking)} cell types "
-            f"({_some([repr(name) for name in lacking])}).{suggestion(lacking[0], vectors)} Add them or remove "
+            f"({listed([repr(name) for name in lacking])}).{suggestion(lacking[0], vectors)} Add them or remove "
             f"these cells."
         )
 
@@ -471,7 +471,7 @@ def _population_problems(
             names.update(dict.fromkeys(population.perturbation, n))
         yield (
             f"control: no cell of {place} is a control ({control}). Set control to the name of yours; the commonest "
-            f"names are {_some([repr(name) for name, _ in names.most_common(5)])}."
+            f"names are {listed([repr(name) for name, _ in names.most_common(5)])}."
         )
     if min_cells == 0:
         return
@@ -482,14 +482,14 @@ def _population_problems(
         if alone:
             yield (
                 f"covariates: {len(alone)} of the combinations of {', '.join(spec.covariates)} have perturbed cells "
-                f"and no controls ({_some([repr(context) for context in alone])}). Remove these cells, or match "
+                f"and no controls ({listed([repr(context) for context in alone])}). Remove these cells, or match "
                 f"controls within fewer covariates."
             )
     few = sorted(p for p, n in counted.items() if n < min_cells)
     if few:
         yield (
             f"perturbation: each population needs at least {min_cells} cells; {len(few)} have fewer "
-            f"({_some(list(map(str, few)))}). Remove these cells"
+            f"({listed(list(map(str, few)))}). Remove these cells"
             f"{', or match controls within fewer covariates' if spec.covariates else ''}."
         )
 
@@ -507,7 +507,7 @@ def _vector_problems(spec: DataSpec, adata: AnnData, names: Iterable[str]) -> It
     if spec.vectors is not None and lacking:
         yield (
             f"vectors: adata.uns[{spec.vectors!r}] has none for {len(lacking)} perturbations "
-            f"({_some([repr(name) for name in lacking])}).{suggestion(lacking[0], vectors)} Add them or remove "
+            f"({listed([repr(name) for name in lacking])}).{suggestion(lacking[0], vectors)} Add them or remove "
             f"these cells."
         )
 
@@ -560,7 +560,7 @@ def _expression_problems(spec: DataSpec, adata: AnnData) -> Iterator[str]:
     repeated = [name for name, n in Counter(names).items() if n > 1]
     if repeated:
         yield (
-            f"features: {len(repeated)} names occur more than once ({_some(repeated)}). "
+            f"features: {len(repeated)} names occur more than once ({listed(repeated)}). "
             f"Call adata.var_names_make_unique() or sum the duplicates."
         )
     if not names:
@@ -666,7 +666,3 @@ def _value_chunks(matrix: Any) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
                 yield start, part.ravel(), np.count_nonzero(part, axis=1)
 
     return chunks()
-
-
-def _some(words: list[str], most: int = 5) -> str:
-    return ", ".join(words[:most]) + (", ..." if len(words) > most else "")

@@ -1,7 +1,7 @@
 """Experiments on sets of cells: training from scratch, pretraining on several sources, finetuning from another run."""
 
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
-from scjax.check import at_least, column, one_of, suggestion
+from scjax.check import at_least, column, listed, one_of, suggestion
 from scjax.config import to_dict
 from scjax.data.cellsets import CellSetData, Unmatched, part_of_cells, prepare_cell_sets
 from scjax.data.collate import make_cell_set_batches
@@ -44,7 +44,6 @@ Data: TypeAlias = AnnData | Sequence[tuple[str, AnnData]]  # one, or several wit
 
 _N_VALIDATION = 8  # batches of which a validation score is the mean
 _FRESH = ("cell_type", "batch", "joined", "condition", "time", "inputs", "layers")
-_SOME = 5  # names that a table tells of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -530,8 +529,8 @@ def _match(role: str, names: Sequence[str], old: Sequence[str], mend: str, prefi
     both = [name for name in names if there[name] is not None]
     if not both:
         raise ValueError(
-            f"pretrained.run: no {role} of these data{_some(names)} is one of the pretrained model's{_some(old)}."
-            f"{suggestion(names[0], old)} If that is right, {mend}: all are then drawn afresh."
+            f"pretrained.run: no {role} of these data ({listed(names)}) is one of the pretrained model's "
+            f"({listed(old)}).{suggestion(names[0], old)} If that is right, {mend}: all are then drawn afresh."
         )
     return _Rows(
         new=np.array([i for i, name in enumerate(names) if there[name] is not None]),
@@ -578,11 +577,6 @@ def _shown(transferred: Mapping[str, Any]) -> str:
         for (name, _, action), size in zip(transferred["arrays"], sizes, strict=True)
     ]
     for role, rows in transferred["rows"].items():
-        told = [f"{len(some)} {what.replace('_', ' ')}{_some(some)}" for what, some in rows.items() if some]
+        told = [f"{len(some)} {what.replace('_', ' ')} ({listed(some)})" for what, some in rows.items() if some]
         lines.append(f"  rows of each {role.replace('_', ' ')}: {', '.join(told)}")
     return "\n".join(lines)
-
-
-def _some(names: Collection[str]) -> str:
-    names = list(names)
-    return f" ({', '.join(names[:_SOME])}{', ...' if len(names) > _SOME else ''})"

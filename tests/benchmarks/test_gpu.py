@@ -55,7 +55,7 @@ def test_ceilings_are_measured_by_both_libraries_and_records_are_kept(tmp_path):
 @pytest.mark.slow
 def test_every_part_runs(tmp_path):
     """Training, sampling and attention of all systems, in both precisions, and the peers as published and compiled."""
-    pytest.importorskip("torch", reason="PyTorch is not installed; it is an extra of the benchmarks only")
+    pytest.importorskip("torch", reason="benchmarks' other side; of the extra 'torch'")
     (record,), said = run(tmp_path / "gpu.json", "--budget", "3000")
     failed = {f"{p['part']}/{p['library']}/{p['piece']}": p["error"] for p in record["pieces"] if "error" in p}
     assert not failed, failed

@@ -56,7 +56,7 @@ def test_scjax_trains_and_samples(job):
 
 @pytest.mark.parametrize("job", SIZES, indirect=True)
 def test_the_peer_trains_and_samples(job):
-    pytest.importorskip("torch", reason="PyTorch is not installed; it is an extra of the benchmarks only")
+    pytest.importorskip("torch", reason="benchmarks' other side; of the extra 'torch'")
     name = job.__name__.removeprefix("jobs.")
     of_training, of_sampling = N[name]
     ran(job.train_peer(of_training))
@@ -65,7 +65,7 @@ def test_the_peer_trains_and_samples(job):
 
 @pytest.mark.parametrize("job", ["perturbdiff"], indirect=True)
 def test_the_second_distance_for_the_log_is_counted(job):
-    pytest.importorskip("torch", reason="PyTorch is not installed; it is an extra of the benchmarks only")
+    pytest.importorskip("torch", reason="benchmarks' other side; of the extra 'torch'")
     once, twice = ran(job.train_peer_log_once(2)), job.train_peer(2)
     # three matrices of distances between 6 cells of 20 genes, for each of 2 sets
     assert twice.flops - once.flops == 3 * 2 * (2 * 6 * 6 * 20)

@@ -67,7 +67,7 @@ def test_a_loop_of_unknown_length_is_refused(sides):
 
 
 def test_pytorch_is_counted_alike(sides):
-    torch = pytest.importorskip("torch", reason="PyTorch is not installed; it is an extra of the benchmarks only")
+    torch = pytest.importorskip("torch", reason="benchmarks' other side; of the extra 'torch'")
     with torch.device("meta"):
         w, x = torch.zeros(4, 5, requires_grad=True), torch.zeros(3, 4)
         q = torch.zeros(2, 8, 16, 6)

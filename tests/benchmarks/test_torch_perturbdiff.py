@@ -7,7 +7,7 @@ import goldens
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="PyTorch is not installed; it is an extra of the benchmarks only")
+torch = pytest.importorskip("torch", reason="benchmarks' other side; of the extra 'torch'")
 
 ROOT = Path(__file__).parents[2]
 

@@ -112,7 +112,7 @@ def test_pickles_in_place_of_files(tmp_path, mark):
 @pytest.mark.filterwarnings("ignore")  # of torch, about what is put before it here
 def test_torch_takes_weights_only(tmp_path, mark):
     """The way that `scjax.convert` tells to read a file of weights."""
-    torch = pytest.importorskip("torch", reason="reads .pt files; part of the extra 'bench'")
+    torch = pytest.importorskip("torch", reason="reads .pt files; of the extra 'torch'")
     for trap in traps(mark, tmp_path / "traps"):
         with pytest.raises((pickle.UnpicklingError, RuntimeError, ValueError)):
             torch.load(trap, weights_only=True)
