@@ -1,9 +1,8 @@
 """State dicts of PyTorch programs: what may come in, and one description of a network read in both directions.
 
-A converter describes where tensors go by a program that asks a `Reader` for them by name and shape, and puts what it is
-given (whole, transposed, or a part) into the tree of parameters. The way back is the same program: run over the empty
-tensors of a `Blank`, whatever it is given is a view of them, so that writing the parameters into the tree that it makes
-fills the tensors (`fill`).
+A converter is a program that asks a `Reader` for tensors by name and shape. What it is given, whole, transposed or in
+part, it puts into the tree of parameters. The way back is the same program, run over the empty tensors of a `Blank`. It
+is then given views of them; writing parameters into the tree that it makes therefore fills the tensors (`fill`).
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -230,14 +230,15 @@ class TensorBoard(Hook):
         resumed: the files in the folder are of this run, even if it begins with its first step.
 
     Raises:
-        ValueError: tensorboardX is missing; at the start of a fresh run, a folder that holds something already.
+        ImportError: tensorboardX is missing.
+        ValueError: at the start of a fresh run, a folder that holds something already.
     """
 
     def __init__(self, folder: str | Path, *, resumed: bool = False):
         try:
             import tensorboardX  # noqa: F401
         except ImportError as err:
-            raise ValueError(
+            raise ImportError(
                 "logging for TensorBoard needs tensorboardX: pip install tensorboardX, or scjax with the extra logging."
             ) from err
         self.folder = Path(folder)

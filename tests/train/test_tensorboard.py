@@ -100,6 +100,6 @@ def test_without_the_library(tmp_path, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", missing)
     with pytest.raises(
-        ValueError, match="needs tensorboardX: pip install tensorboardX, or scjax with the extra logging"
+        ImportError, match="needs tensorboardX: pip install tensorboardX, or scjax with the extra logging"
     ):
         TensorBoard(tmp_path)
