@@ -213,3 +213,22 @@ def test_command(folders, adata, means, tmp_path, capsys):
             main([*command, "--interval", "0.9", "--out", str(tmp_path / "no.h5ad"), *wrong])
         assert f"{wrong[0]} does nothing with --ensemble or --interval" in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "no.h5ad").exists()
+
+
+def test_command_on_a_time_series(tmp_path, capsys):
+    """A row a time."""
+    adata, runs = tiny_series.make_adata(), [tmp_path / f"seed{seed}" for seed in (0, 1)]
+    assert not train_seeds(replace(tiny_series.EXPERIMENT, n_steps=4), adata, runs, (0, 1)).failed
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    command = ["predict", "--run", str(runs[0]), "--data", str(tmp_path / "cells.h5ad"), "--times", "1", "2.5"]
+    main([*command, "--n-cells", "9", "--ensemble", str(runs[1]), "--out", str(tmp_path / "means.h5ad")])
+    assert "2 means x" in capsys.readouterr().out
+    written, members = anndata.read_h5ad(tmp_path / "means.h5ad"), load_members(runs)
+    assert list(written.obs["day"]) == [1.0, 2.5]
+    assert (written.obs["n_cells"] == 9).all()
+    each = [predict(member, adata, [1.0, 2.5], n_cells=9) for member in members]
+    wanted = [np.mean([one.X[one.obs["day"] == t].mean(axis=0) for one in each], axis=0) for t in (1.0, 2.5)]
+    np.testing.assert_allclose(written.X, wanted, rtol=1e-4, atol=1e-5)
+    with pytest.raises(SystemExit):
+        main([*command, "--interval", "0.9", "--out", str(tmp_path / "no.h5ad")])
+    assert "--interval is not of this run" in capsys.readouterr().err
