@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, TypeAlias, get_args, get_type_hints
 import tyro
 
 from scjax import __version__, predict
-from scjax.check import suggestion
+from scjax.check import listed, suggestion
 from scjax.config import from_text, override, to_dict, to_json
 from scjax.experiment import Experiment, read_experiment
 from scjax.hosts import PeerError
@@ -27,6 +27,8 @@ from scjax.types import Population
 __all__ = ["main"]
 
 _LARGE = 4 * 2**30  # bytes of files above which data stay on disk
+_SOME_CELLS = 2000  # whose values are looked at
+_MOST_OF_START = 0.05  # in a moving average, of the parameters that training began with
 _FEW, _MANY = 20, 30  # values of a column that are all told; that are told of more
 
 _Data: TypeAlias = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="[NAME=]FILE")]
@@ -142,6 +144,11 @@ class Train:
         )
         if not first:
             return
+        if began := _share_of_start(self.experiment, int(done.state.step)):
+            print(
+                f"predictions use the moving average of the parameters, {began:.0%} of which is still what training "
+                "began with: train longer, or with --ema-decay None"
+            )
         lines = _next_commands(self.experiment, done, self.out, self.data, self.vectors)
         print(f"{int(done.state.step)} steps; the run is in {self.out}.{' Next:' if lines else ''}")
         for line in lines:
@@ -150,7 +157,7 @@ class Train:
     def announce(self) -> None:
         title = predict.model_title(self.experiment.model)
         where = self.out / "experiment.json"
-        _announce(f"train {title}: settings in {where}", self.verbose, self, to_dict(self.experiment))
+        _announce(f"train {title}: settings go to {where}", self.verbose, self, to_dict(self.experiment))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -376,6 +383,8 @@ class Evaluate:
         expression: files: where the numbers are: X, layers/NAME or obsm/NAME.
         perturbation: files: the obs column of what was done to a cell, A or A+B in any order.
         control: files: the names that mean that nothing was done; control and ctrl if left out.
+        separator: files: what joins the names of a combination in the real file, and in the predicted ones, where
+            --predicted-spec separator=+ does not say otherwise.
         contexts: files: the obs columns (cell type, line, batch) within which controls are matched.
         time: files: the obs column of times, in place of --perturbation.
         predicted_spec: files: what the predicted files call it, where that differs: perturbation=COLUMN, time=COLUMN,
@@ -406,6 +415,7 @@ class Evaluate:
     expression: str = "X"
     perturbation: str | None = None
     control: tuple[str, ...] = ()
+    separator: str = "+"
     contexts: tuple[str, ...] = ()
     time: str | None = None
     predicted_spec: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="KEY=VALUE")] = ()
@@ -499,6 +509,7 @@ class Evaluate:
             perturbation=self.perturbation,
             time=self.time,
             covariates=self.contexts,
+            separator=self.separator,
             **control,
         )
         theirs = override(spec, _assignments("predicted-spec", self.predicted_spec, "perturbation=condition"))
@@ -533,8 +544,8 @@ class Evaluate:
 
 
 _OF_RUNS = ("data", "step", "on_unknown", "vectors")
-_OF_FILES = ("real", "space", "expression", "perturbation", "control", "contexts", "time", "predicted_spec", "genes")
-_OF_FILES += ("allow", "split", "training", "n_components")
+_OF_FILES = ("real", "space", "expression", "perturbation", "control", "separator", "contexts", "time")
+_OF_FILES += ("predicted_spec", "genes", "allow", "split", "training", "n_components")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -780,11 +791,13 @@ def _again(arguments: list[str]) -> str:
 
 
 def _as_options(message: str, arguments: list[str]) -> list[str]:
-    """How a command spells the settings that a message of the library names as `name=value`."""
-    if arguments[:1] not in (["train"], ["predict"], ["evaluate"]):
+    """How a command spells the settings that a message of the library names as `name=value`, or begins with."""
+    commands: dict[str, type] = {"train": Train, "predict": Predict, "evaluate": Evaluate}
+    if not arguments or arguments[0] not in commands:
         return []
-    spelled: dict[str, str] = {name: f"--{name}" for name in ("resume", "step", "on_unknown")}
-    if arguments[:1] == ["train"]:
+    own = {field.name for field in dataclasses.fields(commands[arguments[0]])}
+    spelled = {name: f"--{name}" for name in own} | {"workdir": "--out", "directory": "--run", "path": "--data"}
+    if arguments[0] == "train":
         for kind in get_args(Experiment):
             hints = get_type_hints(kind)
             for name, hint in hints.items():
@@ -793,8 +806,10 @@ def _as_options(message: str, arguments: list[str]) -> list[str]:
                     for field in dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ():
                         spelled[f"{name}.{field.name}"] = f"--{name}.{field.name}"
                         spelled.setdefault(field.name, f"--{name}.{field.name}")
-    named = dict.fromkeys(re.findall(r"(?<![\w.-])([a-z]\w*(?:\.\w+)?)=(?=[\w'\[(-])", message))
-    options = [f"{name}=... is {spelled[name].replace('_', '-')}" for name in named if name in spelled]
+    named = {name: f"{name}=..." for name in re.findall(r"(?<![\w.-])([a-z]\w*(?:\.\w+)?)=(?=[\w'\[(-])", message)}
+    first = re.match(r"([a-z]\w*(?:\.\w+)?)(?= must | names |: )", message)
+    named = ({first[1]: first[1]} if first else {}) | named
+    options = [f"{told} is {spelled[name].replace('_', '-')}" for name, told in named.items() if name in spelled]
     return [f"In the command line: {', '.join(options)}."] if options else []
 
 
@@ -872,6 +887,8 @@ def _shown(what: str) -> str:
         return "\n".join([what, *told, to_json(found.experiment)])
     path = Path(what)
     if not path.exists():
+        if path.suffix in (".h5ad", ".zarr", ".json"):
+            raise ValueError(f"there is no file {what}.")
         raise ValueError(
             f"{what} is neither a file or folder nor a preset.{suggestion(what, presets.names())} "
             f"The presets: {', '.join(presets.names())}."
@@ -905,12 +922,37 @@ def _shown_json(path: Path) -> str:
 def _shown_data(path: Path) -> str:
     adata = _read(path, _size(path) > _LARGE)
     lines = [f"{path}: {adata.n_obs} cells x {adata.n_vars} genes", *_shown_record(adata.uns)]
+    lines += [f"  X: {told}" for told in [_shown_values(adata.X)] if told]
     lines += [f"  obs {column}: {_shown_column(adata.obs[column])}" for column in adata.obs]
-    for kind in ("layers", "obsm", "obsp", "uns"):
+    lines += [f"  layers {name}: {_shown_values(adata.layers[name])}" for name in adata.layers if name]
+    for kind in ("obsm", "obsp", "uns"):
         keys = [str(k) for k in getattr(adata, kind, ()) if k is not None]
         if keys:
             lines.append(f"  {kind}: {', '.join(keys)}")
     return "\n".join(lines) + "\n"
+
+
+def _shown_values(matrix: Any) -> str:
+    """What the numbers look like, of the first cells: whether they are counts is what --spec.space asks first."""
+    import numpy as np
+
+    from scjax.data.spec import LARGEST_LOG
+
+    if matrix is None or not matrix.shape[0]:
+        return ""
+    some = matrix[:_SOME_CELLS]
+    values = np.asarray(some.data if hasattr(some, "indptr") else some[:])
+    if not values.size:
+        return "zeros"
+    low, high = values.min(), values.max()
+    if not np.isfinite([low, high]).all():
+        return "holds values that are not finite"
+    kind = "of any sign: scaled, or a latent"
+    if low >= 0 and (values == np.round(values)).all():
+        kind = "whole numbers: counts" if high > 1 else "0 and 1"
+    elif low >= 0:
+        kind = "log-normalised, by their size" if high <= LARGEST_LOG else "normalised, too large for logarithms"
+    return f"{min(low, 0) if hasattr(some, 'indptr') else low:g} to {high:g}, {kind}"
 
 
 def _shown_record(uns: Any) -> list[str]:
@@ -918,7 +960,16 @@ def _shown_record(uns: Any) -> list[str]:
     made = uns.get("scjax")
     if made is None:
         return []
-    return [f"  made by scjax {made['version']}, run {made['run']}, step {made['step']}: {made['space']}"]
+    if "runs" in made:  # the means of several
+        runs, steps = json.loads(made["runs"]), json.loads(made["steps"])
+    else:
+        runs, steps = [made["run"]], [made["step"]]
+    of = ", ".join(f"run {run}, step {step}" for run, step in zip(runs, steps, strict=True))
+    told = [f"  made by scjax {made['version']}, {of}: {made['space']}"]
+    if "conformal" in made:
+        how = json.loads(made["conformal"])
+        told.append(f"  intervals of level {how['level']}, calibrated on {listed(how['calibration'])}")
+    return told
 
 
 def _shown_column(values: Any) -> str:
@@ -1008,6 +1059,16 @@ def _shown_split(split: dict[str, Any]) -> list[str]:
 
     told = {"trained on": split["train"], "validated on": split["validation"], "held out": split["test"]}
     return [f"  {what} {shown(populations)}" for what, populations in told.items() if populations]
+
+
+def _share_of_start(experiment: Experiment, n_steps: int) -> float:
+    """Of the first parameters in the moving average that predicts; 0 where it is small, or where nothing averages."""
+    if experiment.ema_decay is None or getattr(experiment, "validate_every", None) is not None:
+        return 0.0
+    if getattr(experiment, "ema_start", "initial") != "initial":
+        return 0.0
+    share = experiment.ema_decay ** (n_steps // getattr(experiment, "ema_every", 1))
+    return share if share > _MOST_OF_START else 0.0
 
 
 def _next_commands(

@@ -59,7 +59,7 @@ def from_dict(cls: type[T], values: Any, at: str = "") -> T:
         if key not in fields:
             raise ValueError(
                 f"{_join(at, key)} is not a field of {cls.__name__}.{suggestion(key, fields)} "
-                f"It has: {', '.join(fields)}."
+                f"It has: {', '.join(fields) or 'none'}."
             )
     missing = [
         name

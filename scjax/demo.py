@@ -43,7 +43,6 @@ def demo(
         ValueError: an unknown model, n_seeds below 1, or `out` holds files: nothing is overwritten.
     """
     from scjax.check import at_least, one_of
-    from scjax.config import to_json
 
     one_of("model", model, tuple(_PRESETS))
     at_least("seeds", n_seeds, 1)
@@ -56,7 +55,7 @@ def demo(
         experiment = replace(experiment, n_steps=_N_STEPS.get(model, experiment.n_steps))
     show = {"scimf": _time_series, "scdfm": _perturbations, "perturbdiff": _cell_sets}[model](experiment)
     print(show.about)
-    print(to_json(experiment), end="")
+    print(f"settings: experiment.json in each folder of {out / 'runs'}")
 
     runs: dict[str, list[Path]] = {name: [] for name in show.variants}
     for (name, variant), seed in itertools.product(show.variants.items(), range(n_seeds)):

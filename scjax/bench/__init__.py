@@ -141,9 +141,8 @@ def listed(
         status = json.loads(path.read_text())["status"] if path.exists() else "to do"
         lines.append(f"{cell.name}: {cell.experiment.n_steps} steps, {status}")
     told = {f"{cell.system}/{cell.variant}: {cell.about}": None for cell in cells}
-    return "\n".join(
-        [*lines, f"{len(cells)} cells.", *told, *(f"{name}: no known data set, left out" for name in unknown)]
-    )
+    left_out = [f"{name}: no known data set, left out" for name in unknown]
+    return "\n".join([*lines, f"{len(cells)} lines of the grid.", *told, *left_out])
 
 
 # -- one cell

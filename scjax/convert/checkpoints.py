@@ -183,6 +183,7 @@ def told(folder: str | Path) -> str:
             f"  from {about['source']}, sha256 {about['sha256']}",
             f"  genes: {len(loaded.genes) or 'not told'}; names: {names or 'not told'}",
             *([f"  taken from the published settings, as tensors do not tell them: {assumed}"] if assumed else []),
+            *(["  if the weights were trained with others, convert again: --set NAME=VALUE"] if assumed else []),
             *_uses(loaded),
         ]
     )

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 from jaxtyping import Float, Int
 
-from scjax.check import column, one_of, suggestion
+from scjax.check import column, listed, one_of, suggestion
 from scjax.types import Population
 
 __all__ = [
@@ -192,7 +192,8 @@ def resolve_unknown(
         if policy == "error":
             raise ValueError(
                 f"perturbation {part!r} is not known to the model: it was in no training population."
-                f"{suggestion(part, known)} on_unknown='mean' or 'nearest' would let another stand for it."
+                f"{suggestion(part, known)} It knows {listed(sorted(known), 10) or 'none'}. on_unknown='mean' or "
+                "'nearest' would let another stand for it."
             )
         if not stand_ins:
             raise ValueError(f"perturbation {part!r} is not known, and there is no trained one to stand for it.")

@@ -12,7 +12,7 @@ from scjax.config import from_dict, to_dict
 from scjax.data.disk import DiskMatrix, as_sliceable, cells_at_once
 from scjax.data.spec import Space
 
-__all__ = ["Preprocess", "Transform", "fit", "most_variable", "preprocess_for"]
+__all__ = ["Preprocess", "Transform", "check_generates_expression", "fit", "most_variable", "preprocess_for"]
 
 _EIGH = 5000  # genes up to which the eigenvectors of their covariance are quick
 _MOST = 10_000  # genes of which a covariance, 0.8 GB, is made of cells on disk
@@ -66,6 +66,29 @@ def preprocess_for(space: Space, n_components: int | None = 50) -> Preprocess:
     if space == "lognormalised":
         return Preprocess(library_size=None, log1p=False, n_components=n_components)
     return Preprocess(library_size=None, log1p=False, scale=False, n_components=None)
+
+
+def check_generates_expression(preprocess: Preprocess, space: Space, model: str) -> None:
+    """After these steps X is log-normalised expression, which `model` generates.
+
+    Raises:
+        ValueError: a latent space, scaling or components, counts that stay counts.
+    """
+    if space == "latent":
+        raise ValueError(
+            f"spec.space='latent', but {model} generates expression: give counts or log-normalised values."
+        )
+    if preprocess.scale or preprocess.n_components is not None:
+        raise ValueError(
+            f"preprocess must leave expression as it is: scale=False and n_components=None; got scale="
+            f"{preprocess.scale}, n_components={preprocess.n_components}."
+        )
+    if space == "counts" and not (preprocess.library_size and preprocess.log1p):
+        raise ValueError(
+            f"spec.space='counts', but {model} generates log-normalised expression: set library_size='all_genes' and "
+            f"log1p=True; got preprocess.library_size={preprocess.library_size!r}, preprocess.log1p="
+            f"{preprocess.log1p}."
+        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

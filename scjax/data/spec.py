@@ -26,12 +26,12 @@ from scjax.data.conditions import (
 from scjax.data.disk import DiskMatrix, as_sliceable, cells_at_once
 from scjax.types import Population
 
-__all__ = ["AnnData", "DataSpec", "Space", "expression_matrix", "feature_names"]
+__all__ = ["LARGEST_LOG", "AnnData", "DataSpec", "Space", "expression_matrix", "feature_names"]
 
 AnnData: TypeAlias = Any  # anndata.AnnData: imported only where a file is read, it costs half a second
 Space: TypeAlias = Literal["counts", "lognormalised", "latent"]
 
-_LARGEST_LOG = 20.0  # log1p of five hundred million: no log-normalised value is above
+LARGEST_LOG = 20.0  # log1p of five hundred million: no log-normalised value is above
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -619,15 +619,17 @@ class _Values:
         if spec.space == "counts" and self.n_fractions:
             mend = (
                 "They look log-normalised: set space='lognormalised', or name the layer that holds counts."
-                if self.largest <= _LARGEST_LOG
+                if self.largest <= LARGEST_LOG
                 else "Name the layer that holds counts, or round estimated counts to integers."
             )
             yield (
                 f"{place} holds {self.n_fractions} values that are not integers, such as {self.first_fraction:g} "
                 f"(largest {self.largest:g}), but space='counts'. {mend}"
             )
-        if spec.space == "lognormalised" and not self.n_bad and self.largest > _LARGEST_LOG:
-            kind = "counts: set space='counts'" if not self.n_fractions else "normalised without log: apply log1p"
+        if spec.space == "lognormalised" and not self.n_bad and self.largest > LARGEST_LOG:
+            kind = "normalised without log: apply log1p"
+            if not self.n_fractions:
+                kind = "counts: log-normalise them, or set space='counts', library_size='all_genes' and log1p=True"
             yield f"{place} goes up to {self.largest:g}, too much for log-normalised values. They look like {kind}."
         if self.empty:
             cells = [repr(str(adata.obs_names[i])) for i in self.empty[:3]]

@@ -463,7 +463,9 @@ def split_populations(
     test = _test_populations(rule, units, covariates, tuple(written))
     train = [p for p in units if p not in test]
     if not test and not isinstance(rule, HoldOutNone):
-        raise ValueError(f"{rule} holds out none of {len(units)} {what}; HoldOutNone() says so.")
+        alone = perturbed and all(len(p.perturbation) < 2 for p in units)
+        joined = " No condition names two perturbations; spec.separator says what joins names." if alone else ""
+        raise ValueError(f"{rule} holds out none of {len(units)} {what}; HoldOutNone() says so.{joined}")
     if not learnable(train):
         raise ValueError(f"{rule} holds out all {learnable(units)} {what}; none is left to train on.")
     validation = set() if isinstance(rule, HoldOutNone) else _validation(rule, train, covariates)

@@ -18,7 +18,7 @@ from scjax.data.cellsets import CellSetData, Unmatched, part_of_cells, prepare_c
 from scjax.data.collate import make_cell_set_batches
 from scjax.data.conditions import OnUnknown, as_columns
 from scjax.data.leaks import Findings, check_split
-from scjax.data.preprocess import Preprocess, Transform
+from scjax.data.preprocess import Preprocess, Transform, check_generates_expression
 from scjax.data.sampling import CellSetSampling
 from scjax.data.source import SOURCE, Absent, join
 from scjax.data.spec import AnnData, DataSpec
@@ -150,15 +150,7 @@ class CellSetExperiment:
                 f"spec.time={self.spec.time!r} makes a time series; cell sets need spec.perturbation, spec.cell_type "
                 "or spec.batch."
             )
-        if self.spec.space == "latent":
-            raise ValueError(
-                "spec.space='latent', but PerturbDiff generates expression: give counts or log-normalised values."
-            )
-        if self.preprocess.scale or self.preprocess.n_components is not None:
-            raise ValueError(
-                f"preprocess must leave expression as it is: scale=False and n_components=None; got scale="
-                f"{self.preprocess.scale}, n_components={self.preprocess.n_components}."
-            )
+        check_generates_expression(self.preprocess, self.spec.space, "PerturbDiff")
         self._check_model()
         check_generation(self.generation, self.model)
         check_validation(self)

@@ -20,7 +20,7 @@ from scjax.data.conditions import trained_names
 from scjax.data.leaks import check_split
 from scjax.data.preprocess import Preprocess, Transform, fit
 from scjax.data.source import read_anndata
-from scjax.data.spec import AnnData, DataSpec, expression_matrix, feature_names
+from scjax.data.spec import LARGEST_LOG, AnnData, DataSpec, expression_matrix, feature_names
 from scjax.data.splits import HoldOutNone, HoldOutTimes, PerturbationSplit, TimeSplit, load_split
 from scjax.experiment import perturbation, timeseries
 from scjax.experiment.evidence import Evidence, perturbation_evidence, pseudobulks, series_evidence
@@ -36,7 +36,6 @@ __all__ = ["Allowed", "evaluate_files"]
 Allowed = Literal["nan", "negative"]
 
 _CHUNK = 4096  # cells looked at together
-_LARGEST_LOG = 20.0  # log1p of five hundred million: no log-normalised value is above
 _MOST_OF_A_TIME = 10_000  # cells of a time that its table, or a PCA, takes
 _MOST_IN_A_DRAW = 2000  # of a time series, unless the caller says how many: exact transport of more takes seconds
 
@@ -312,7 +311,7 @@ def _check_values(name: str, matrix: Any, spec: DataSpec, allow: tuple[str, ...]
             f"{where} holds {n_fractions} values that are not integers (largest {largest:g}), but space='counts'. "
             "Round predicted counts yourself, or give log-normalised values with space='lognormalised'."
         )
-    if spec.space == "lognormalised" and (largest > _LARGEST_LOG or (not n_fractions and largest > 1)):
+    if spec.space == "lognormalised" and (largest > LARGEST_LOG or (not n_fractions and largest > 1)):
         what = f"goes up to {largest:g}" if n_fractions else f"holds integers alone, up to {largest:g}"
         raise ValueError(
             f"{where} {what}, but space='lognormalised', which is log(1 + normalised count). Counts are "
@@ -402,9 +401,10 @@ def _asked(sides: Sequence[_Read], what: str) -> list[Any]:
 def _check_known(wanted: Sequence[Any], truth: _Read, sides: Sequence[_Read]) -> None:
     for key in wanted:
         if key not in truth.rows:
+            near = "" if isinstance(key, float) else suggestion(_named(key), map(_named, truth.rows))
             raise ValueError(
-                f"real has no cells of {_named(key)}, which is to be compared."
-                f"{suggestion(_named(key), map(_named, truth.rows))}"
+                f"real has no cells of {_named(key)}, which is to be compared.{near} Leave it out of the predicted "
+                "cells, or give a split: its test part alone is compared."
             )
         for side in sides:
             if key not in side.rows:

@@ -16,7 +16,7 @@ from scjax.data.conditions import OnUnknown, as_columns
 from scjax.data.graph import GraphRule
 from scjax.data.leaks import check_split
 from scjax.data.perturbation import PerturbationData, prepare_perturbation
-from scjax.data.preprocess import Preprocess
+from scjax.data.preprocess import Preprocess, check_generates_expression
 from scjax.data.sampling import PairedSampling
 from scjax.data.spec import AnnData, DataSpec
 from scjax.data.splits import PerturbationSplitRule
@@ -88,15 +88,7 @@ class PerturbationExperiment:
             raise ValueError(
                 f"spec.pooling={self.spec.pooling!r} is of cell sets; scDFM takes the mean of the parts' embeddings."
             )
-        if self.spec.space == "latent":
-            raise ValueError(
-                "spec.space='latent', but scDFM generates expression: give counts or log-normalised values."
-            )
-        if self.preprocess.scale or self.preprocess.n_components is not None:
-            raise ValueError(
-                f"preprocess must leave expression as it is: scale=False and n_components=None; got scale="
-                f"{self.preprocess.scale}, n_components={self.preprocess.n_components}."
-            )
+        check_generates_expression(self.preprocess, self.spec.space, "scDFM")
         if self.generation.guidance != 1 and not self.model.condition_dropout:
             raise ValueError(
                 f"generation.guidance={self.generation.guidance} needs model.condition_dropout above 0; it is 0."

@@ -121,8 +121,8 @@ def check_validation(experiment: Any) -> None:
     kept = next((name for name in ways if getattr(split, name, None)), None)
     if kept is not None and every is None:
         raise ValueError(
-            f"split.{kept}={getattr(split, kept)} keeps populations from training; set validate_every to use them, or "
-            "leave it out."
+            f"split.{kept}={getattr(split, kept)} keeps populations from training; set validate_every=50, say, to "
+            "use them, or leave it out."
         )
     if kept is None and every is not None:
         raise ValueError(

@@ -4,10 +4,10 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from scjax.check import positive
+from scjax.check import listed, positive
 from scjax.data.spec import AnnData
 from scjax.metrics.conformal import calibrate, least_conditions
-from scjax.predict import Trained
+from scjax.predict import Trained, predicting
 from scjax.predict.ensemble import observed_means, populations_of, predict_means
 from scjax.predict.timeseries import TrainedTimeSeries
 from scjax.types import Population
@@ -61,20 +61,30 @@ def predict_intervals(
     if isinstance(members[0], TrainedTimeSeries):
         raise ValueError("members must be of perturbations; a time series has no conditions to calibrate on.")
     split = members[0].split
-    asked = predict_means(members, adata, conditions, **options)
     kept = list(split.validation if calibration is None else calibration)
     if not kept:
         raise ValueError(
             "calibration must name populations that training did not see, and the split kept none for validation; "
-            "train with a split that does (validation_fraction), or name some."
+            "train with one that does (split.validation_fraction and validate_every), or name some."
         )
-    wanted = set(populations_of(members, asked))
     for population in kept:
         if population in split.train:
             raise ValueError(f"calibration must not hold what training saw, whose errors are too small: {population}.")
+    conditions = conditions if isinstance(conditions, str) else list(conditions)
+    theirs = _calibrating(kept, options)
+    predicting(members[0], adata, conditions, **options)  # errors before any cell is made, here and below
+    try:
+        predicting(members[0], adata, **theirs)
+    except ValueError as err:
+        err.add_note(f"While predicting the populations that calibrate the intervals: {listed(kept)}.")
+        raise
+    asked = predict_means(members, adata, conditions, **options)
+    wanted = set(populations_of(members, asked))
+    for population in kept:
         if population in wanted:
             raise ValueError(f"calibration and conditions must differ; {population} is in both.")
-    made = _means_of(members, adata, kept, options)
+    made = predict_means(members, adata, **theirs)
+    made = made[[p in set(kept) for p in populations_of(members, made)]].copy()
     observed = observed_means(members, adata, made)
     scales = [None, None]
     if by_spread:
@@ -93,17 +103,9 @@ def predict_intervals(
     return asked
 
 
-def _means_of(
-    members: Sequence[Trained], adata: AnnData, populations: Sequence[Population], options: dict[str, Any]
-) -> AnnData:
-    """`predict_means` of these populations, and of no others in their contexts."""
-    options = {name: value for name, value in options.items() if name != "contexts"}
-    asked = {p: None for p in populations}
-    made = predict_means(
-        members,
-        adata,
-        list(dict.fromkeys(p.condition for p in asked)),
-        contexts=list(dict.fromkeys(p.context for p in asked)),
-        **options,
-    )
-    return made[[p in asked for p in populations_of(members, made)]].copy()
+def _calibrating(populations: Sequence[Population], options: dict[str, Any]) -> dict[str, Any]:
+    """What to ask for so that these populations are predicted, and others in their contexts."""
+    return options | {
+        "wanted": list(dict.fromkeys(p.condition for p in populations)),
+        "contexts": list(dict.fromkeys(p.context for p in populations)),
+    }

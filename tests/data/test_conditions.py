@@ -115,7 +115,8 @@ def test_known_names_stay_under_every_policy():
 
 def test_an_unknown_name_is_an_error_by_default():
     with pytest.raises(
-        ValueError, match=r"'KLF2' is not known .* Did you mean 'KLF1'\? on_unknown='mean' or 'nearest'"
+        ValueError,
+        match=r"'KLF2' is not known .* Did you mean 'KLF1'\? It knows KLF1, MAPK1. on_unknown='mean' or 'nearest'",
     ):
         resolve_unknown(("KLF2",), ("KLF1", "MAPK1"))
 

@@ -38,7 +38,8 @@ def test_train(capsys):
     """To the end of a run that was begun elsewhere: nothing is left to do, and the next commands are told."""
     main(["train", "--resume", "--data", "cells.h5ad", "--out", "run"])
     told = capsys.readouterr().out
-    assert told.startswith("scjax train PerturbDiff: settings in run/experiment.json")
+    assert told.startswith("scjax train PerturbDiff: settings go to run/experiment.json")
+    assert "predictions use the moving average of the parameters, 12% of which is still what training began" in told
     assert "scjax evaluate --runs run --data cells.h5ad" in told
     assert "scjax predict --run run --data cells.h5ad --conditions A --out" in told
 

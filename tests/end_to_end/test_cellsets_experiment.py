@@ -279,6 +279,10 @@ def with_(part, **fields):
         ({"control_seed": -1}, "control_seed must be at least 0; got -1"),
         (with_("spec", space="latent"), "spec.space='latent', but PerturbDiff generates expression"),
         ({"preprocess": Preprocess()}, "preprocess must leave expression as it is.* got scale=True, n_components=50"),
+        (
+            {"preprocess": Preprocess(library_size=None, log1p=False, scale=False, n_components=None)},
+            "spec.space='counts', but .* set library_size='all_genes' and log1p=True; got preprocess.library_size=None",
+        ),
         (with_("spec", perturbation=None), "model.perturbation='table' needs spec.perturbation"),
         (with_("spec", batch=None), "model.batch='table' needs spec.batch"),
         (with_("model", cell_type="vector"), "model.cell_type='vector' needs external vectors; name them in spec.cell"),

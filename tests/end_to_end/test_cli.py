@@ -76,7 +76,7 @@ def test_train_says_where_its_settings_are_and_what_comes_next(run, capsys):
     resume = ["train", "--resume", "--data", "cells.h5ad", "--out", str(run)]
     main(resume)
     first, *_ = capsys.readouterr().out.splitlines()
-    assert first == f"scjax train scIMF: settings in {run}/experiment.json (--verbose prints all settings)"
+    assert first == f"scjax train scIMF: settings go to {run}/experiment.json (--verbose prints all settings)"
     main([*resume, "--verbose"])
     told = capsys.readouterr().out
     settings, end = json.JSONDecoder().raw_decode(told)
@@ -191,7 +191,10 @@ def test_show_what_was_predicted(run, tmp_path, capsys):
     main(["show", str(out)])
     told = capsys.readouterr().out
     assert f"made by scjax {__version__}, run {load(run).about['run']}, step 5: normalised expression in X" in told
-    assert "  layers: Ms, velocity\n  obsm: X_latent, velocity_latent\n  uns: scjax\n" in told
+    assert "\n  X: 0 to " in told
+    assert "log-normalised, by their size\n" in told
+    assert "\n  layers velocity: -" in told
+    assert "of any sign: scaled, or a latent\n  obsm: X_latent, velocity_latent\n  uns: scjax\n" in told
 
 
 @pytest.mark.parametrize(

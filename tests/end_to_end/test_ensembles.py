@@ -151,6 +151,14 @@ def test_bad_calibration_is_named(members, adata, changes, message):
         predict_intervals(members[:1], adata, **{"conditions": ["g1+z"], "seed": 3, **changes})
 
 
+def test_what_calibrates_and_cannot_be_predicted_is_told(members, adata):
+    """Of a perturbation that nobody asked for."""
+    unknown = [Population(("nothing",), LINES[0])]
+    with pytest.raises(ValueError, match="'nothing' is not known") as caught:
+        predict_intervals(members, adata, ["g1+z"], calibration=unknown)
+    assert caught.value.__notes__ == [f"While predicting the populations that calibrate the intervals: {unknown[0]}."]
+
+
 def test_members_are_of_one_experiment(folders, tmp_path, perturbation_run):
     with pytest.raises(ValueError, match="seed0 is .*seed0 once more"):
         load_members([folders[0], folders[1], folders[0]])
@@ -195,6 +203,9 @@ def test_command(folders, adata, means, tmp_path, capsys):
     written = anndata.read_h5ad(tmp_path / "means.h5ad")
     np.testing.assert_allclose(written.X, means.X, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(written.layers["sd"], means.layers["sd"], rtol=1e-4, atol=1e-6)
+    main(["show", str(tmp_path / "means.h5ad")])
+    told = capsys.readouterr().out
+    assert all(f"run {load_members([run])[0].about['run']}, step 6" in told for run in folders)
     kept = replace(EXPERIMENT, split=CALIBRATED, validate_every=5)
     train(kept, adata, tmp_path / "kept")
     command[2] = str(tmp_path / "kept")
@@ -204,6 +215,9 @@ def test_command(folders, adata, means, tmp_path, capsys):
     main([*command, "--interval", "0.5", "--out", str(tmp_path / "half.zarr")])
     half = anndata.read_zarr(tmp_path / "half.zarr")
     assert json.loads(half.uns["scjax"]["conformal"])["level"] == 0.5
+    capsys.readouterr()
+    main(["show", str(tmp_path / "half.zarr")])
+    assert "  intervals of level 0.5, calibrated on g0+z (" in capsys.readouterr().out
     assert (half.layers["low"] < half.layers["high"]).all()
     with pytest.raises(SystemExit):
         main([*command, "--interval", "90", "--out", str(tmp_path / "no.h5ad")])

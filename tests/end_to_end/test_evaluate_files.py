@@ -322,7 +322,7 @@ def test_time_series_of_counts_by_components():
     ("days", "options", "message"),
     [
         ([0.0, 1.0, 2.0, 4.0], {}, r"no training time is left for the baselines: all times of real \(0, 1, 2, 4\)"),
-        ([3.0], {}, "real has no cells of time 3, which is to be compared. Did you mean"),
+        ([3.0], {}, "real has no cells of time 3, which is to be compared. Leave it out"),
         ([2.0], {"width": 2}, r"1 of 3 genes \('dimension 3'\) of real are missing there"),
     ],
 )
@@ -404,6 +404,20 @@ def test_report_of_runs(here, monkeypatch, capsys, tmp_path, run, data):
     assert text.count("<img src=") > 6
     assert "Calibration" in text
     assert "Cells" in text
+
+
+def test_command_where_names_are_joined_otherwise(here, monkeypatch, capsys, tmp_path):
+    """The real file's names by another separator than the predicted ones'."""
+    monkeypatch.chdir(here)
+    real = anndata.read_h5ad("real.h5ad")
+    real.obs["drug"] = [name.replace("+", "_") for name in real.obs["drug"].astype(str)]
+    real.write_h5ad(tmp_path / "joined.h5ad")
+    command = [str(tmp_path / "joined.h5ad") if word == "real.h5ad" else word for word in COMMAND]
+    main([*COMMAND, "--n-draws", "2", "--out", str(tmp_path / "plain.json")])
+    more = ["--separator", "_", "--predicted-spec", "separator=+", "--out", str(tmp_path / "joined.json")]
+    main([*command, "--n-draws", "2", *more])
+    plain, joined = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("plain", "joined"))
+    assert [table["rows"] for table in plain] == [table["rows"] for table in joined]
 
 
 @pytest.mark.parametrize(

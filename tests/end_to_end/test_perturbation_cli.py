@@ -37,7 +37,7 @@ def test_train(here, capsys):
     """To the end of a run that was begun elsewhere: nothing is left to do, and the next commands are told."""
     main(["train", "--resume", "--data", "cells.h5ad", "--out", "run"])
     told = capsys.readouterr().out
-    assert told.startswith("scjax train scDFM: settings in run/experiment.json")
+    assert told.startswith("scjax train scDFM: settings go to run/experiment.json")
     assert "scjax evaluate --runs run --data cells.h5ad" in told
     assert "scjax predict --run run --data cells.h5ad --conditions g0+g1 g0+z --out" in told
 
@@ -140,9 +140,11 @@ TRAIN = ("train", "--config", "tiny.json", "--data", "cells.h5ad", "--out", "new
         ((*PREDICT, "--conditions", "g0", "--guidance", "2"), "guidance=2.0 needs a model that was trained with"),
         ((*PREDICT, "--conditions", "g0", "--solver", "eulr"), "--solver"),
         ((*TRAIN, "--spec.perturbation", "condtion"), "'condtion' is not one. Did you mean 'condition'?"),
-        ((*TRAIN, "--spec.space", "lognormalised"), "In the command line: space=... is --spec.space."),
+        ((*TRAIN, "--spec.space", "lognormalised"), "In the command line: space=... is --spec.space, library_size"),
         ((*TRAIN, "--set", "split.kind=HoldOutLast"), "split must be an object whose kind is one of 'HoldOutNone'"),
         ((*TRAIN, "--sampling.n-genes", "11"), "n_genes must be at most the 10 genes of the data; got 11"),
+        ((*TRAIN, "--optimizer.n-warmup", "90"), "In the command line: n_warmup is --optimizer.n-warmup."),
+        (("show", "nothing.h5ad"), "scjax: there is no file nothing.h5ad."),
         ((*TRAIN, "--model.n-tokens", "3"), "model.n_tokens must be the data's 15, or None"),
         (("train", "--config", "tiny.json", "--data", "series.h5ad", "--out", "new"), "'condition' is not one."),
         (("demo", "scdmf"), "scdfm"),

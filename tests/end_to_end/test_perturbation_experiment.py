@@ -151,8 +151,15 @@ def test_bad_data_end_before_anything_is_written(tmp_path, what, message):
         ({"spec": DataSpec(space="counts", time="day")}, "spec.perturbation must name the obs column"),
         ({"spec": DataSpec(space="latent", perturbation="condition")}, "scDFM generates expression"),
         ({"preprocess": Preprocess()}, "preprocess must leave expression as it is.* got scale=True, n_components=50"),
+        (
+            {"preprocess": Preprocess(library_size=None, log1p=False, scale=False, n_components=None)},
+            "spec.space='counts', but .* set library_size='all_genes' and log1p=True; got preprocess.library_size=None",
+        ),
         ({"generation": GenerationConfig(guidance=2.0)}, "guidance=2.0 needs model.condition_dropout above 0"),
-        ({"split": HoldOutSeenDoubles(validation_fraction=0.2)}, "keeps populations from training; set validate_every"),
+        (
+            {"split": HoldOutSeenDoubles(validation_fraction=0.2)},
+            "keeps populations from training; set validate_every=50",
+        ),
         ({"validate_every": 5}, "the split keeps no population for that: set split.validation_fraction"),
         ({"patience": 5}, "patience=5 needs validate_every"),
         (
