@@ -116,7 +116,7 @@ def test_outcome_of_one_is_best_is_by_the_logarithm():
     found = judge(table((0.9, 1.1), metric=ratio, baselines=(1.08, 2.0)), "model", "ratio")
     assert found.outcome == "tie"
     assert "the difference of |log| is smaller than the spread over draws" in found.text
-    assert judge(table((0.0,), (1.0,), metric=ratio), "model", "ratio").outcome == "win"
+    assert judge(table((0.0,), (1.8,), metric=ratio), "model", "ratio").outcome == "win"
 
 
 def test_outcome_and_line_say_the_same():
