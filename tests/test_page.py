@@ -207,7 +207,7 @@ def test_rows_and_columns_without_a_value_are_not_among_the_scores(perturbed, te
     scores = text.split('aria-label="Scores"')[1].split("</table>")[0]
     assert "shift" not in scores
     assert "additive" in scores
-    assert "shift" in text.split("What the rows are")[1]
+    assert "shift" in text.split("<span>What the rows are")[1].split("</table>")[0]
     empty = {row.name: {**row.counted, "l2": np.zeros_like(row.counted["l2"])} for row in table.rows}
     without = replace(table, rows=tuple(replace(row, counted=empty[row.name]) for row in table.rows))
     scores = page.render([without]).split('aria-label="Scores"')[1].split("</table>")[0]

@@ -163,7 +163,7 @@ def test_coverage():
     ax = coverage(real, predicted, nominal=0.9)
     heights = {round(bar.get_x(), 2): bar.get_height() for bar in ax.patches[:20] if bar.get_height()}
     assert heights == {0.1: 1, 0.3: 2}
-    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["nominal 0.9", "real cells", "predicted cells"]
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["real cells", "predicted cells", "nominal 0.9"]
     assert list(ax.lines[0].get_xdata()) == [0.9, 0.9]
     assert ax.texts[0].get_text() == "median share of real cells: 0.32"
     assert ax.get_xlabel() == "share of cells in the predicted 90 %"
