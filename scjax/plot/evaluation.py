@@ -326,7 +326,7 @@ def _bulk(real: np.ndarray, predicted: np.ndarray) -> tuple[float, float]:
     """Limits with a margin that hold nearly all positive values of the real cells, and most of the predicted ones."""
     if not real.size + predicted.size:
         return 0.1, 1.0
-    ends = [np.quantile(v, [q, 1 - q]) for v, q in ((real, 0.005), (predicted, 0.05)) if v.size]
+    ends = [np.quantile(v, [q, 1 - q]) for v, q in ((real, 0.005), (predicted, 0.1)) if v.size]
     low, high = min(float(v[0]) for v in ends), max(float(v[1]) for v in ends)
     margin = max((high / low) ** 0.06, 1.15)
     return low / margin, high * margin
