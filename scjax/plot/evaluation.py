@@ -328,6 +328,8 @@ def _bulk(real: np.ndarray, predicted: np.ndarray) -> tuple[float, float]:
         return 0.1, 1.0
     ends = [np.quantile(v, [q, 1 - q]) for v, q in ((real, 0.005), (predicted, 0.1)) if v.size]
     low, high = min(float(v[0]) for v in ends), max(float(v[1]) for v in ends)
+    lowest, highest = (float(end(np.concatenate([real, predicted]))) for end in (np.min, np.max))
+    low, high = (lowest if low / lowest < 3 else low), (highest if highest / high < 3 else high)  # no gain in a cut
     margin = max((high / low) ** 0.06, 1.15)
     return low / margin, high * margin
 
