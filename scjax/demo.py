@@ -151,7 +151,7 @@ def _finish_time_series(
     paths = dense.obsm["X_latent"].reshape(len(ts), -1, latent.shape[1])
     ax = trajectory.trajectories(paths, ts, observed=latent, time_unit="days")
     trajectory.velocities(latent, moving.obsm["velocity_latent"], ax=ax, time_step=0.4)
-    ax.set_title(ax.get_title() + "\narrows: velocity of observed cells, way of 0.4 days")
+    ax.set_title(ax.get_title() + "\narrows: path of an observed cell over 0.4 days at its velocity")
     save(ax, out / "trajectories.png")
     return "predicted_over_observed.png", "trajectories.png"
 
@@ -294,13 +294,18 @@ def _draw_sets(out: Path, held_out: "_HeldOut", generated: Any) -> str:
         control, observed = means_of(held_out.control[context]), means_of(real[p])
         predicted = np.stack([cells[:n_cells].mean(axis=0) for cells in sets])
         spread.append([means.var(axis=0, ddof=1).sum() for means in (control, observed, predicted)])
-        panels[f"{p}, sets of {n_cells} cells"] = (control, observed, predicted)
+        drawn_from = f"{len(held_out.control[context])} control, {len(real[p])} observed cells"
+        panels[f"{p}: sets of {n_cells}\nof {drawn_from}"] = (control, observed, predicted)
     of_control, of_real, of_made = np.sqrt(np.mean(spread, axis=0))
     print(
         f"Means of sets of equal size vary by {of_made:.2f} (generated), {of_real:.2f} (real, perturbed), "
         f"{of_control:.2f} (control): root of their variance summed over genes."
     )
-    axes = perturbation.set_means(panels, predicted_name=_PERTURBDIFF)
+    note = (
+        "Control and observed sets are resampled, with replacement, from the same few cells: the clouds show how sets\n"
+        "vary, not how well the means are known, and look better separated than the populations are."
+    )
+    axes = perturbation.set_means(panels, predicted_name=_PERTURBDIFF, note=note)
     save(axes[0], out / "sets.png")
     return "sets.png"
 
@@ -368,9 +373,11 @@ def _draw_effects(out: Path, held_out: _HeldOut, table: Any, *, baseline: str) -
     )
     save(ax, out / "top_genes.png")
 
-    values = {row.name: row.by_population("l2").mean(axis=0) for row in table.rows}
+    values = {row.name: row.by_population("l2").mean(axis=0) for row in table.rows if row.has_value("l2").any()}
     ceiling = table.of_kind("floor")[0].name
-    ax = perturbation.metric_dots(values, highlighted=[held_out.name], ceiling=ceiling, metric="L2 of the means ↓")
+    ax = perturbation.metric_dots(
+        values, highlighted=[held_out.name], ceiling=ceiling, metric="L2 of the means ↓", lower_is_better=True
+    )
     save(ax, out / "l2.png")
     return "deltas.png", "top_genes.png", "l2.png"
 

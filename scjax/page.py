@@ -132,24 +132,32 @@ def _summary(tables: Sequence[Any]) -> Iterator[str]:
         if len(tables) > 1:
             yield f"<h3>Table {i}: {escape(table.title.split(';')[0])}</h3>\n"
         for row in table.of_kind("model"):
-            lines = [report_of(table).verdict(table, row.name, m.name) for m in table.metrics]
-            marks = [_mark(line) for line in lines]
-            n_wins, n_losses = marks.count("win"), marks.count("loss") + marks.count("fail")
+            found = [report_of(table).judge(table, row.name, m.name) for m in table.metrics]
+            counted = _counted([one.outcome for one in found])
             yield (
-                f"<details open><summary><strong>{escape(row.name)}</strong> beats every baseline in {n_wins} of "
-                f"{n_wins + n_losses} metrics that have a better and a worse.</summary>\n<ul class='verdicts'>\n"
+                f"<details open><summary><strong>{escape(row.name)}</strong> ({_seeds(row)}) {counted}</summary>\n"
+                "<ul class='verdicts'>\n"
             )
-            for line, mark in zip(lines, marks, strict=True):
-                yield f'<li class="{mark}">{escape(line)}</li>\n'
+            for one in found:
+                yield f'<li class="{one.outcome or "none"}">{escape(one.text)}</li>\n'
             yield "</ul></details>\n"
     yield "</section>\n"
 
 
-def _mark(verdict: str) -> str:
-    for words, mark in ((" FAILED ", "fail"), (" DOES NOT BEAT ", "loss"), (" BEATS ", "win")):
-        if words in verdict:
-            return mark
-    return "none"
+def _counted(outcomes: Sequence[str | None]) -> str:
+    """How often the model wins, ties, loses and fails, of the metrics where one of these can be said."""
+    n = {outcome: outcomes.count(outcome) for outcome in ("win", "tie", "lose", "failed")}
+    total = sum(n.values())
+    if not total:
+        return "can be compared in no metric."
+    words = {"tie": "ties with the best of them", "lose": "loses", "failed": "has no value"}
+    rest = "".join(f", {words[outcome]} in {n[outcome]}" for outcome in words if n[outcome])
+    return f"beats every baseline in {n['win']} of {total} metrics that have a better and a worse{rest}."
+
+
+def _seeds(row: Any) -> str:
+    n = len(row.comparisons) if hasattr(row, "comparisons") else max(map(len, row.values.values()), default=0)
+    return "one seed" if n == 1 else f"{n} seeds"
 
 
 def _findings(tables: Sequence[Any]) -> Iterator[str]:
@@ -209,16 +217,20 @@ def _section(i: int, table: Any, found: Evidence | None) -> Iterator[str]:
 
 
 def _scores(table: Any) -> Iterator[str]:
-    best = {m.name: _best(table, m) for m in table.metrics}
-    columns = ("", *(m.name + ARROWS[m.direction] for m in table.metrics))
+    """Of the rows and metrics that have any value; the notes say why the others have none."""
+    metrics = [m for m in table.metrics if any(_is_defined(row, m.name) for row in table.rows)]
+    best = {m.name: _best(table, m) for m in metrics}
+    columns = ("", *(m.name + ARROWS[m.direction] for m in metrics))
     yield '<div class="scroll" role="region" aria-label="Scores" tabindex="0"><table>\n<caption><span>'
     yield f"{escape(BOLD)}</span></caption>\n<thead><tr>"
     yield "".join(f'<th scope="col">{escape(c)}</th>' for c in columns)
     yield "</tr></thead>\n<tbody>\n"
     for row in table.rows:
+        if not any(_is_defined(row, m.name) for m in metrics):
+            continue
         kind = {"floor": "real"}.get(row.kind, row.kind)
         yield f'<tr class="{kind}"><th scope="row">{escape(row.name)} <span class="kind">{kind}</span></th>'
-        for m in table.metrics:
+        for m in metrics:
             text = escape(_cell(row, m.name))
             text = f"<strong>{text}</strong>" if row.name in best[m.name] else text
             found = _interval(row, m.name)
@@ -278,9 +290,10 @@ def _loss(metric: Any, value: float) -> float:
 
 def _ranking(table: Any) -> Iterator[str]:
     from scjax.plot.evaluation import as_svg_uri, ranking
+    from scjax.plot.perturbation import NOISE_LEVEL, noise_level
 
     over = "populations" if isinstance(table, PerturbationTable) else "draws of cells, which say nothing of other times"
-    figures = []
+    figures, noisy = [], False
     for m in table.metrics:
         rows = {row.name: (row.mean(m.name), *_interval(row, m.name)[:2]) for row in table.rows}
         rows = {name: v for name, v in rows.items() if _is_defined(table.row(name), m.name)}
@@ -289,15 +302,24 @@ def _ranking(table: Any) -> Iterator[str]:
         ordered = dict(sorted(rows.items(), key=lambda item: _order(m, item[1][0])))
         models = [row.name for row in table.of_kind("model") if row.name in rows]
         floor = next((row.name for row in table.of_kind("floor") if row.name in rows), None)
+        if floor is not None and _is_worse(m, rows[floor][0], [v[0] for name, v in rows.items() if name != floor]):
+            noisy, ordered = True, {noise_level(k) if k == floor else k: v for k, v in ordered.items()}
+            floor = noise_level(floor)
         axis = m.name + ARROWS[m.direction]
         ax = ranking(ordered, highlighted=models, ceiling=floor, metric=axis)
         told = "; ".join(f"{name} {number(v[0]) if math.isfinite(v[0]) else 'no value'}" for name, v in ordered.items())
         figures.append((as_svg_uri(ax), f"{m.name} of each predictor, in order: {told}", m.name))
     note = (
         f"Best at the top; models in bold, baselines grey, real against real a diamond with a dashed line. The bar is "
-        f"the 95 % interval over {over}."
+        f"the 95 % interval over {over}." + (f" {NOISE_LEVEL}" if noisy else "")
     )
     yield from _figures("Ranking", note, figures)
+
+
+def _is_worse(metric: Any, value: float, others: Sequence[float]) -> bool:
+    """Than one of the others; a metric without direction has no worse."""
+    ours = _order(metric, value)
+    return metric.direction != "no direction" and any(_order(metric, other) < ours for other in others)
 
 
 def _order(metric: Any, value: float) -> tuple[bool, float]:
@@ -339,7 +361,8 @@ def _population_figures(table: PerturbationTable, found: PerturbationEvidence) -
         yield from _figures(
             "Differential expression",
             f"Rank-sum tests of {tested} cells of each side against real controls, Benjamini-Hochberg over the genes. "
-            "Blue genes are significant in the real cells, vermillion ones in the prediction alone.",
+            "Blue genes are significant in the real cells, vermillion ones in the prediction alone. Triangles at ±∞: "
+            "genes that are zero in all cells of one side.",
             [_volcano_figure(found, name, p) for p in shown],
             4,
         )
@@ -353,10 +376,11 @@ def _population_figures(table: PerturbationTable, found: PerturbationEvidence) -
         yield from _figures(
             "Calibration",
             "Is the prediction as spread as the truth, and in the same place? Each gene of each population shown is a "
-            "dot; hollow ones are zero on one side. Coverage: the share of cells between the 5 % and the 95 % quantile "
-            "of the predicted cells (more than 90 % where many cells are equal, zeros say); above the line the "
-            "prediction is too sure of itself.",
-            [_calibration_figure(*pairs, of) for of in ("variance", "zeros", "coverage")],
+            "dot; hollow ones at the edge lie outside, or are zero on one side. Coverage: how many genes have which "
+            "share of their real cells between the 5 % and the 95 % quantile of the predicted cells. Left of the line "
+            "the prediction is too sure of itself, or in the wrong place; the grey outline is of the predicted cells "
+            "themselves (more than 90 % where many cells are equal, zeros say).",
+            [*(_calibration_figure(*pairs, of) for of in ("variance", "zeros")), _coverage_figure(*pairs)],
             4,
         )
 
@@ -413,12 +437,8 @@ def _calibration_figure(real: Sequence[Side], predicted: Sequence[Side], of: str
     from scjax.plot.evaluation import as_svg_uri, calibration
 
     log = of == "variance"
-    what = {"variance": "variance", "zeros": "share of zeros", "coverage": "cells in the predicted 90 %"}[of]
-    if of == "coverage":
-        shares = [_within_predicted(*sides) for sides in zip(real, predicted, strict=True)]
-        pair = tuple(np.concatenate(of_side) for of_side in zip(*shares, strict=True))
-    else:
-        pair = tuple(np.concatenate([getattr(side, of) for side in sides]) for sides in (real, predicted))
+    what = {"variance": "variance", "zeros": "share of zeros"}[of]
+    pair = tuple(np.concatenate([getattr(side, of) for side in sides]) for sides in (real, predicted))
     if not (np.isfinite(pair[0]) & np.isfinite(pair[1])).any():
         return "", "", f"No {what}: single cells have none."
     ax = calibration(*pair, what=what, log=log, title=_sentence(what)[:-1])
@@ -427,6 +447,18 @@ def _calibration_figure(real: Sequence[Side], predicted: Sequence[Side], of: str
         f"Predicted over real {what} of each feature: {_median(*pair, log=log)}",
         f"Calibration: {what}",
     )
+
+
+def _coverage_figure(real: Sequence[Side], predicted: Sequence[Side]) -> tuple[str, str, str]:
+    from scjax.plot.evaluation import as_svg_uri, coverage
+
+    shares = [_within_predicted(*sides) for sides in zip(real, predicted, strict=True)]
+    of_real, of_predicted = (np.concatenate(of_side) for of_side in zip(*shares, strict=True))
+    ax = coverage(of_real, of_predicted, nominal=0.9, title="Cells in the predicted 90 %")
+    told = (
+        f"Share of real cells within the middle 90 % of the predicted ones: median {np.median(of_real):.2f} of features"
+    )
+    return as_svg_uri(ax), told, "Calibration: cells in the predicted 90 %"
 
 
 def _within_predicted(real: Side, predicted: Side) -> tuple[np.ndarray, np.ndarray]:
@@ -614,10 +646,11 @@ a{color:var(--link)}
 .verdicts{padding-left:1.1rem;margin:.4rem 0 1rem;max-width:100ch}
 .verdicts li{margin:.25rem 0;padding-left:.2rem}
 .verdicts li.win{list-style-type:"✔ "}
-.verdicts li.loss{list-style-type:"✘ "}
-.verdicts li.fail{list-style-type:"! ";font-weight:600}
+.verdicts li.tie{list-style-type:"= "}
+.verdicts li.lose{list-style-type:"✘ "}
+.verdicts li.failed{list-style-type:"! ";font-weight:600}
 .verdicts li.win::marker{color:var(--win)}
-.verdicts li.loss::marker,.verdicts li.fail::marker{color:var(--loss)}
+.verdicts li.lose::marker,.verdicts li.failed::marker{color:var(--loss)}
 .verdicts li.none{color:var(--soft)}
 .scroll{overflow-x:auto;border:1px solid var(--line);border-radius:6px;margin:.6rem 0 1rem;max-width:100%}
 .scroll:focus-visible{outline:3px solid var(--link)}

@@ -15,9 +15,10 @@ from scjax.experiment.evidence import Side, perturbation_evidence, series_eviden
 from scjax.experiment.tidy import digest_of, score_rows
 from scjax.metrics.baselines import training_free
 from scjax.metrics.expression import EXPRESSION_METRICS
-from scjax.metrics.perturbation_report import perturbation_table
-from scjax.metrics.population import POPULATION_METRICS
+from scjax.metrics.perturbation_report import PerturbationRow, PerturbationTable, judge, perturbation_table
+from scjax.metrics.population import POPULATION_METRICS, Score
 from scjax.metrics.report import bounds, result_table
+from scjax.plot.perturbation import NOISE_LEVEL
 from scjax.types import Population
 
 HOSTILE = '<script>alert("1")</script>&$x_{'
@@ -170,6 +171,68 @@ def test_failures_are_told(text):
     assert "1 of them are left out: they hold cells that are not finite." in words
     assert "failed (1)" in words
     assert "Every value could be computed." not in words
+
+
+def test_headline_counts_ties_apart():
+    """Of six populations: clearly better, within the interval, clearly worse, failed; a count has no better."""
+    rng = np.random.default_rng(0)
+    metrics = [EXPRESSION_METRICS[name] for name in ("l2", "mse", "mae", "r2", "de_nsig_counts_pred")]
+    noise = rng.normal(size=6)
+    ours = [np.full(6, 1.0), 2 + noise - noise.mean(), np.full(6, 3.0), np.full(6, np.nan), np.ones(6)]
+    counted = {m.name: np.ones((1, 6), bool) for m in metrics}
+
+    def row(name, kind, values, n_seeds):
+        values = {m.name: np.tile(v, (n_seeds, 1, 1)) for m, v in zip(metrics, values, strict=True)}
+        return PerturbationRow(name, kind, values, counted)
+
+    rule = row("rule", "baseline", [np.full(6, 2.0)] * 5, 1)
+    names = tuple(Population((name,)) for name in "ABCDEF")
+    for n_seeds, seeds in ((1, "one seed"), (3, "3 seeds")):
+        table = PerturbationTable(
+            "t", tuple(metrics), (row("m", "model", ours, n_seeds), rule), names, (9,) * 6, (4,) * 6, 1, 5, 3, 0
+        )
+        found = page.render([table])
+        words = " ".join(read(found).words)
+        assert f"m  ({seeds}) beats every baseline in 1 of 4 metrics" in words
+        assert "a worse, ties with the best of them in 1, loses in 1, has no value in 1." in words
+        marks = [a["class"] for tag, a in read(found).tags if tag == "li"]
+        assert marks == ["win", "tie", "lose", "failed", "none"]
+        assert [judge(table, "m", m.name).outcome or "none" for m in metrics] == marks
+    assert page._counted([None]) == "can be compared in no metric."
+
+
+def test_rows_and_columns_without_a_value_are_not_among_the_scores(perturbed, text):
+    """Nothing is known of "shift" here; why stands among the notes."""
+    table, _ = perturbed
+    scores = text.split('aria-label="Scores"')[1].split("</table>")[0]
+    assert "shift" not in scores
+    assert "additive" in scores
+    assert "shift" in text.split("<span>What the rows are")[1].split("</table>")[0]
+    empty = {row.name: {**row.counted, "l2": np.zeros_like(row.counted["l2"])} for row in table.rows}
+    without = replace(table, rows=tuple(replace(row, counted=empty[row.name]) for row in table.rows))
+    scores = page.render([without]).split('aria-label="Scores"')[1].split("</table>")[0]
+    assert "l2" not in scores
+    assert "overlap_at_N" in scores
+
+
+def test_real_against_real_that_is_not_the_best_is_a_noise_level(series):
+    """In the ranking and its note; other tables have a ceiling."""
+    table, _ = series
+    told = {}
+    for factor in (0.01, 100.0):
+        rows = tuple(scaled(row, factor) if row.kind == "floor" else row for row in table.rows)
+        told[factor] = page.render([replace(table, rows=rows)])
+    assert "real vs real (noise level)" in told[100.0]
+    assert NOISE_LEVEL in told[100.0]
+    assert "noise level" not in told[0.01]
+
+
+def scaled(row, factor):
+    def one(comparison):
+        scores = {k: Score(tuple(factor * v for v in s.values)) for k, s in comparison.scores.items()}
+        return replace(comparison, scores=scores)
+
+    return replace(row, comparisons=tuple(map(one, row.comparisons)))
 
 
 def test_coverage_of_each_gene(text):

@@ -162,9 +162,20 @@ def tables(
         tables.append(table)
         if keep is not None:
             made = {name: paths[0][i] for name, paths in simulated.items()}
-            features = [f"dimension {d + 1}" for d in range(latent.shape[1])]
-            keep.append(series_evidence(t, made, snapshots, rules, population[t], features, are_genes=False, seed=seed))
+            names, are_genes = _features(first)
+            keep.append(
+                series_evidence(t, made, snapshots, rules, population[t], names, are_genes=are_genes, seed=seed)
+            )
     return tables
+
+
+def _features(trained: TrainedTimeSeries) -> tuple[list[str], bool]:
+    """Names of the model's dimensions, and whether they are expression as it is: neither components nor scaled."""
+    steps = trained.transform
+    if steps.components is not None:
+        return [f"PC {d + 1}" for d in range(steps.n_dims)], False
+    plain = not steps.mean.any() and bool((steps.std == 1).all())
+    return list(steps.feature_names), plain and steps.space != "latent"
 
 
 def _batches(experiment: TimeSeriesExperiment, data: TimeSeriesData) -> Callable[..., Any]:

@@ -31,7 +31,9 @@ from scjax.metrics.population import Metric, draw_cells
 from scjax.metrics.report import (
     ARROWS,
     KINDS,
+    WORDS,
     Table,
+    Verdict,
     aligned,
     bounds,
     decimals_of,
@@ -39,6 +41,7 @@ from scjax.metrics.report import (
     finite_or_none,
     losses,
     number,
+    outcome,
 )
 from scjax.types import Population
 
@@ -46,6 +49,7 @@ __all__ = [
     "DEFAULT_METRICS",
     "PerturbationRow",
     "PerturbationTable",
+    "judge",
     "normalised_score",
     "perturbation_table",
     "render",
@@ -67,6 +71,7 @@ ON_CELLS = (
     "the context's control cells, each moved by the predicted delta, zeros too and not clipped; their means say what "
     "the rule says, their tests call nearly every gene differentially expressed"
 )
+MOST_SCORE = 10  # a normalised score beyond it says how small the scale is, and no more of the model
 WIDTH = 118  # of a block of columns, in characters
 
 
@@ -271,21 +276,29 @@ def verdict(table: PerturbationTable, model_row: str, metric: str, baseline_rows
     A baseline is compared on the populations for which it is defined; the best one is that which the model beats by
     least. `baseline_rows` are all rows of kind "baseline" unless given. The sign test takes populations, not cells, as
     the independent cases. The difference, model - baseline (of a metric of which 1 is best, of its |log|), has a
-    bootstrap interval over populations and seeds, paired: both rows in the same resample.
+    bootstrap interval over populations and seeds, paired: both rows in the same resample. Fewer than five populations
+    have neither test nor interval. What is a tie says `report.outcome`: with an interval that holds 0, or a difference
+    below the spread over seeds.
     """
+    return judge(table, model_row, metric, baseline_rows).text
+
+
+def judge(table: PerturbationTable, model_row: str, metric: str, baseline_rows: Sequence[str] | None = None) -> Verdict:
+    """`verdict` with its outcome as a word to count."""
     from scipy.stats import binomtest
 
     chosen = table.metric(metric)
     if chosen.direction not in ARROWS or not ARROWS[chosen.direction]:
-        return f"{metric}: a number without a better or worse; see the table."
+        return Verdict(None, f"{metric}: a number without a better or worse; see the table.")
     row = table.row(model_row)
     names = [r.name for r in table.of_kind("baseline")] if baseline_rows is None else list(baseline_rows)
     if not row.has_value(metric).any():
-        return f"{metric}: not even the real cells have a value here; nothing to compare."
+        return Verdict(None, f"{metric}: not even the real cells have a value here; nothing to compare.")
     if n_failed := row.n_failed(metric):
-        return (
+        return Verdict(
+            "failed",
             f"{metric}: {model_row} FAILED ({n_failed} values could not be computed, {row.n_nonfinite} predicted "
-            "cells are not finite)."
+            "cells are not finite).",
         )
     ours_lost = _losses(chosen, row)
     gains: dict[str, np.ndarray] = {}  # [seeds of the model, populations]
@@ -295,34 +308,49 @@ def verdict(table: PerturbationTable, model_row: str, metric: str, baseline_rows
         if common.any() and np.isfinite(theirs := _losses(chosen, other).mean(axis=0)[common]).all():
             gains[name] = theirs[None] - ours_lost[:, common]
     if not gains:
-        return f"{metric}: no training-free baseline has a value here; nothing to compare {model_row} with."
+        return Verdict(
+            None, f"{metric}: no training-free baseline has a value here; nothing to compare {model_row} with."
+        )
     best = min(gains, key=lambda name: float(np.mean(gains[name])))
     gain, common = gains[best].mean(axis=0), row.has_value(metric) & table.row(best).has_value(metric)
     ours, theirs = (float(np.mean(r.by_population(metric)[:, common])) for r in (row, table.row(best)))
-    wins, beaten = int(np.sum(gain > 0)), int(np.sum(gain < 0))
-    p = binomtest(wins, wins + beaten).pvalue if wins + beaten else 1.0
+    n_common = int(common.sum())
     some = (
         ""
-        if common.sum() == row.has_value(metric).sum()
-        else f" (on the {_plural(int(common.sum()), 'population')} that it predicts)"
+        if n_common == row.has_value(metric).sum()
+        else f" (on the {_plural(n_common, 'population')} that it predicts)"
     )
-    better = f"; better on {wins} of {_plural(int(common.sum()), 'population')} (sign test p = {p:.2g})"
-    scale = ""
-    if table.of_kind("floor"):
-        scored = normalised_score(table, model_row, best, metric)
-        scale = f"; normalised score {scored:.2f} (0 that baseline, 1 real vs real)"
-        if not math.isfinite(scored):
-            scale = "; that baseline is as good as real vs real already"
-    seeds = row.sd_seeds(metric)
-    unclear = seeds is not None and abs(ours - theirs) < seeds
-    spread = f"; the difference is smaller than the spread over seeds, {number(seeds)}" if unclear else ""  # pyright: ignore[reportArgumentType]
+    better = ""
+    if n_common > 1:
+        wins, beaten = int(np.sum(gain > 0)), int(np.sum(gain < 0))
+        p = binomtest(wins, wins + beaten).pvalue if wins + beaten else 1.0
+        test = f" (sign test p = {p:.2g})" if n_common >= LEAST_UNITS else ""
+        better = f"; better on {wins} of {n_common} populations{test}"
+    scale = _scale(normalised_score(table, model_row, best, metric)) if table.of_kind("floor") else ""
+    with np.errstate(invalid="ignore"):  # a ratio of 0 loses infinitely, and no difference is below NaN
+        seeds = float(np.std(gains[best].mean(axis=1), ddof=1)) if len(gains[best]) > 1 else 0.0
+    lost = (float(np.mean(_losses(chosen, r)[:, common])) for r in (row, table.row(best)))
+    found = outcome(*lost, spread=seeds, difference=interval(gains[best]))
+    unclear = abs(float(np.mean(gain))) < seeds
+    spread = f"; the difference is smaller than the spread over seeds, {number(seeds)}" if unclear else ""
     tested = isinstance(chosen, ExpressionMetric) and "de" in chosen.needs
     between = _difference(chosen, gains[best])
     unfair = "; the tests do not suit the cells of the baselines (see the table's foot)" if tested else ""
-    return (
-        f"{metric}: {model_row} {'BEATS' if np.mean(gain) > 0 else 'DOES NOT BEAT'} the best training-free baseline, "
-        f"{best}{some}: {number(ours)} against {number(theirs)}{between}{better}{scale}{spread}{unfair}."
+    return Verdict(
+        found,
+        f"{metric}: {model_row} {WORDS[found]} the best training-free baseline, {best}{some}: {number(ours)} against "
+        f"{number(theirs)}{between}{better}{scale}{spread}{unfair}.",
     )
+
+
+def _scale(score: float) -> str:
+    if not math.isfinite(score):
+        return "; that baseline is as good as real vs real already"
+    if abs(score) > MOST_SCORE:
+        return (
+            f"; normalised score - (real vs real is too near to that baseline: below 1/{MOST_SCORE} of the difference)"
+        )
+    return f"; normalised score {round(score, 2) + 0.0:.2f} (0 that baseline, 1 real vs real)"  # no -0.00
 
 
 def _difference(metric: ExpressionMetric | Metric, gains: Float[np.ndarray, "_seeds _populations"]) -> str:
@@ -341,12 +369,13 @@ def render(table: PerturbationTable, *, median: bool = False) -> str:
     """The table as text: mean (or median) over populations, +- over seeds, definitions, notes and failures below.
 
     The line below a row holds the 95 % bootstrap intervals over populations and seeds. Columns that do
-    not fit beside each other follow in further blocks.
+    not fit beside each other follow in further blocks. A row or a column without any value is left out; the notes say
+    why.
     """
-    floors = table.of_kind("floor")
-    rest = [row for row in table.rows if row not in floors]
+    shown = [row for row in table.rows if any(row.has_value(m.name).any() for m in table.metrics)]
+    floors, rest = ([row for row in shown if (row.kind == "floor") == wanted] for wanted in (True, False))
     lines = [table.title]
-    for block in _blocks(table, median):
+    for block in _blocks(table, shown, median):
         head = ["", *(m.name + ARROWS[m.direction] for m in block)]
         cells = [[line for row in rows for line in _lines(row, block, median)] for rows in (rest, floors)]
         lines += aligned(head, *cells)
@@ -379,8 +408,9 @@ def render(table: PerturbationTable, *, median: bool = False) -> str:
     lines += [f"{row.name}: {_notes(row)}." for row in table.rows if _notes(row)]
     if table.of_kind("baseline"):
         lines.append(f"Cells of the baselines: {ON_CELLS}.")
+    predictors = [row for row in table.rows if row.kind != "floor"] or table.rows
     for m in table.metrics:
-        without = ~np.logical_or.reduce([row.has_value(m.name) for row in rest or floors])
+        without = ~np.logical_or.reduce([row.has_value(m.name) for row in predictors])
         if n := int(without.sum()):
             of_all = _plural(len(table.populations), "population")
             lines.append(f"{m.name}: not even the real cells have a value for {n} of {of_all}.")
@@ -687,13 +717,17 @@ def _sd_draws(row: PerturbationRow, metric: str) -> np.ndarray:
     return np.sqrt(np.mean(np.var(values, axis=1, ddof=1), axis=0))
 
 
-def _blocks(table: PerturbationTable, median: bool) -> list[list[ExpressionMetric | Metric]]:
-    """As many columns beside each other as fit the width."""
-    first = max(len(row.name) for row in table.rows)
+def _blocks(
+    table: PerturbationTable, rows: Sequence[PerturbationRow], median: bool
+) -> list[list[ExpressionMetric | Metric]]:
+    """As many columns beside each other as fit the width, of those in which a row has a value."""
+    first = max((len(row.name) for row in rows), default=0)
     blocks, used = [[]], first
     for m in table.metrics:
+        if not any(row.has_value(m.name).any() for row in rows):
+            continue
         heading = m.name + ARROWS[m.direction]
-        texts = [line[1] for row in table.rows for line in _lines(row, [m], median)]
+        texts = [line[1] for row in rows for line in _lines(row, [m], median)]
         width = 2 + max(len(heading), *map(len, texts))
         if blocks[-1] and used + width > WIDTH:
             blocks.append([])

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -24,6 +24,8 @@ __all__ = [
     "ResultTable",
     "Row",
     "Table",
+    "Verdict",
+    "WORDS",
     "aggregate",
     "aggregate_to_json_dict",
     "aligned",
@@ -31,9 +33,11 @@ __all__ = [
     "decimals_of",
     "environment",
     "finite_or_none",
+    "judge",
     "losses",
     "normalised_score",
     "number",
+    "outcome",
     "render",
     "render_aggregates",
     "result_table",
@@ -43,6 +47,7 @@ __all__ = [
 
 KINDS = ("model", "baseline", "floor")
 ARROWS = {"lower is better": " ↓", "higher is better": " ↑", "1 is best": " →1", "no direction": ""}
+WORDS = {"win": "BEATS", "tie": "TIES WITH", "lose": "LOSES TO"}
 
 
 class Table:
@@ -227,34 +232,77 @@ def normalised_score(table: ResultTable, row: str, baseline: str, metric: str) -
     return (ours - base) / (floor - base) if floor < base else math.nan
 
 
+class Verdict(NamedTuple):
+    """A model beside the best training-free baseline, in one metric.
+
+    Attributes:
+        outcome: "win", "tie" or "lose"; "failed" where the model has no value, None where nothing can be compared.
+        text: the same in one line, with the numbers.
+    """
+
+    outcome: str | None
+    text: str
+
+
+def outcome(ours: float, theirs: float, *, spread: float = 0.0, difference: Interval | None = None) -> str:
+    """Win, tie or lose, as a word: of two values of which the smaller is better.
+
+    It is a tie where the values are equal in the digits that are told, where they differ by less than `spread`, and
+    where the interval of their difference holds 0.
+    """
+    unclear = difference is not None and difference.exists and not difference.clear_of_zero
+    if unclear or number(ours) == number(theirs) or abs(ours - theirs) < spread:
+        return "tie"
+    return "win" if ours < theirs else "lose"
+
+
 def verdict(table: ResultTable, model_row: str, metric: str, baseline_rows: Sequence[str] | None = None) -> str:
     """One line: does the model beat the best training-free baseline in this metric, and by which ratio?
 
     `baseline_rows` are all rows of kind "baseline" unless given. The spread is that over seeds where there are
-    several, else over draws of cells; a difference smaller than it is called so.
+    several, else over draws of cells; a difference smaller than it is a tie (`outcome`).
     """
+    return judge(table, model_row, metric, baseline_rows).text
+
+
+def judge(table: ResultTable, model_row: str, metric: str, baseline_rows: Sequence[str] | None = None) -> Verdict:
+    """`verdict` with its outcome as a word to count."""
     chosen = table.metric(metric)
     best = _best_baseline(table, metric, baseline_rows)
     if best is None:
-        return f"{metric}: no training-free baseline is defined here; nothing to compare {model_row} with."
+        return Verdict(
+            None, f"{metric}: no training-free baseline is defined here; nothing to compare {model_row} with."
+        )
     row = table.row(model_row)
     ours, theirs = row.mean(metric), table.row(best).mean(metric)
     if not math.isfinite(ours):
-        return (
+        return Verdict(
+            "failed",
             f"{metric}: {model_row} FAILED ({row.n_failed(metric)} values could not be computed, "
             f"{row.n_nonfinite} predicted cells are not finite); the best training-free baseline, {best}, has "
-            f"{number(theirs)}."
+            f"{number(theirs)}.",
         )
-    ours_lost, theirs_lost = losses(chosen.direction, np.array([ours, theirs]))
-    wins = ours_lost < theirs_lost
+    ours_lost, theirs_lost = map(float, losses(chosen.direction, np.array([ours, theirs])))
+    spread, over = _spread(row, chosen)
+    found = outcome(ours_lost, theirs_lost, spread=spread)
     ratio = f", ratio {ours / theirs:.3f}" if theirs > 0 and chosen.direction != "1 is best" else ""
-    seeds = row.sd_seeds(metric)
-    spread, over = (row.sd_draws(metric), "draws") if seeds is None else (seeds, "seeds")
-    unclear = f"; the difference is smaller than the spread over {over}, {number(spread)}"
-    return (
-        f"{metric}: {model_row} {'BEATS' if wins else 'DOES NOT BEAT'} the best training-free baseline, {best}: "
-        f"{number(ours)} against {number(theirs)}{ratio}{unclear if abs(ours - theirs) < spread else ''}."
+    what = "difference of |log|" if chosen.direction == "1 is best" else "difference"
+    unclear = f"; the {what} is smaller than the spread over {over}, {number(spread)}"
+    return Verdict(
+        found,
+        f"{metric}: {model_row} {WORDS[found]} the best training-free baseline, {best}: {number(ours)} against "
+        f"{number(theirs)}{ratio}{unclear if abs(ours_lost - theirs_lost) < spread else ''}.",
     )
+
+
+def _spread(row: Row, metric: Metric) -> tuple[float, str]:
+    """Standard deviation over the row's seeds, or over the draws of its only one; where 1 is best, of the logarithm."""
+    over, values = "seeds", [c.scores[metric.name].mean for c in row.comparisons]
+    if len(values) == 1:
+        over, values = "draws", row.comparisons[0].scores[metric.name].values
+    with np.errstate(divide="ignore", invalid="ignore"):  # the logarithm of 0; no difference is below NaN
+        values = np.log(values) if metric.direction == "1 is best" else np.asarray(values)
+        return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0, over
 
 
 def _best_baseline(table: ResultTable, metric: str, names: Sequence[str] | None = None) -> str | None:
@@ -268,7 +316,8 @@ def _best_baseline(table: ResultTable, metric: str, names: Sequence[str] | None 
 def render(table: ResultTable) -> str:
     """The table as text of aligned columns: mean +- spread, an arrow towards better, definitions and notes below.
 
-    Where the floor has fewer cells, a second block has all rows at the floor's number.
+    Where the floor has fewer cells, a second block has all rows at the floor's number. A rule that is not defined here
+    has no row; its note says why.
     """
     several = any(len(row.comparisons) > 1 for row in table.rows)
     head = ["", *(m.name + ARROWS[m.direction] for m in table.metrics)]
@@ -276,7 +325,7 @@ def render(table: ResultTable) -> str:
     rest = [row for row in table.rows if row not in floors]
 
     def block(rows: Sequence[Row]) -> list[list[str]]:
-        return [[row.name, *(_cell(row, m) for m in table.metrics)] for row in rows]
+        return [[row.name, *(_cell(row, m) for m in table.metrics)] for row in rows if row.comparisons]
 
     lines = [table.title, *aligned(head, block(rest), block(floors))]
     if matched := [row.at_floor() for row in rest if row.matched]:
@@ -567,8 +616,6 @@ def _approximation(row: Row, metric: Metric) -> str:
 
 
 def _cell(row: Row, metric: Metric) -> str:
-    if not row.comparisons:
-        return "-"
     mean = row.mean(metric.name)
     if not math.isfinite(mean):
         return f"failed ({row.n_failed(metric.name)})"

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,9 +13,9 @@ from jaxtyping import Float
 
 from scjax import check
 from scjax.plot.palette import OBSERVED, PREDICTED
-from scjax.plot.perturbation import predictor_lines
+from scjax.plot.perturbation import predictor_lines, write_names
 
-__all__ = ["as_svg_uri", "calibration", "distributions", "overlay", "ranking", "reproducible", "volcano"]
+__all__ = ["as_svg_uri", "calibration", "coverage", "distributions", "overlay", "ranking", "reproducible", "volcano"]
 
 CONTROL = "#999999"
 RULE = "0.45"  # grey of baselines
@@ -120,7 +121,7 @@ def volcano(
 
     Args:
         real, predicted: log2 fold change and false discovery rate of each gene. An infinite fold change (a gene that is
-            zero on one side) stands at the edge.
+            zero on one side) is a triangle at the edge; below each panel stands how many there are.
         gene_names: of the genes.
         n_named: genes that are named.
         predicted_name: of the model.
@@ -139,9 +140,11 @@ def volcano(
     if axes is None:
         import matplotlib.pyplot as plt
 
-        axes = plt.subplots(1, 2, figsize=(4.4, 2.9), sharex=True, sharey=True, layout="constrained")[1]
+        axes = plt.subplots(1, 2, figsize=(4.6, 3.1), sharex=True, sharey=True, layout="constrained")[1]
     finite = np.concatenate([fold[np.isfinite(fold)] for fold, _ in sides])
-    edge = 1.15 * max(float(np.abs(finite).max(initial=0.0)), 0.5)
+    widest = max(float(np.abs(finite).max(initial=0.0)), 0.5)
+    any_infinite = any(np.isinf(fold).any() for fold, _ in sides)
+    edge = 1.2 * widest
     least = min((float(fdr[fdr > 0].min()) for _, fdr in sides if (fdr > 0).any()), default=1.0)
     heights = [-np.log10(np.maximum(fdr, min(least, 1e-300))) for _, fdr in sides]
     top = 1.12 * max(2.0, *(float(np.nanmax(h, initial=0.0)) for h in heights))
@@ -149,35 +152,52 @@ def volcano(
     named = np.lexsort((-np.abs(np.nan_to_num(sides[0][0], posinf=edge, neginf=-edge)), -heights[0]))[:n_named]
     named = named[truly[named]]
     names = ("real cells", _short(predicted_name, 22))
+    labels = []
     for ax, name, (fold, fdr), height in zip(axes, names, sides, heights, strict=True):  # pyright: ignore[reportArgumentType]
-        x = np.clip(np.nan_to_num(fold, posinf=edge, neginf=-edge), -edge, edge)
+        x = np.nan_to_num(fold, posinf=edge, neginf=-edge)
         alone = (fdr < FDR) & ~truly
         for which, colour, z in ((~truly & ~alone, "0.75", 1), (alone, PREDICTED, 2), (truly, OBSERVED, 3)):
-            ax.scatter(x[which], height[which], s=9, color=colour, alpha=0.75, linewidths=0, zorder=z)
+            for infinite, marker, size in (
+                (fold == -np.inf, "<", 20),
+                (~np.isinf(fold), "o", 9),
+                (fold == np.inf, ">", 20),
+            ):
+                if marker == "o" or (which & infinite).any():
+                    ax.scatter(
+                        x[which & infinite], height[which & infinite], s=size, color=colour, marker=marker, alpha=0.75,
+                        linewidths=0, zorder=z,
+                    )  # fmt: skip
         ax.axhline(-np.log10(FDR), color="0.6", linewidth=0.7, linestyle=(0, (4, 3)), zorder=0)
-        ax.set_xlim(-1.05 * edge, 1.05 * edge)
+        ax.set_xlim(-1.08 * edge, 1.08 * edge)
         ax.set_ylim(-0.03 * top, top)
         ax.set_title(f"{name}: {int((fdr < FDR).sum())} genes", size=9.5, loc="left")
         ax.set_xlabel("log2 fold change", size=9)
         ax.spines[["top", "right"]].set_visible(False)
         ax.tick_params(labelsize=8)
-        at, gap = -np.inf, 0.06 * top
-        for gene in sorted(named, key=lambda g, h=height: h[g]):  # from below, each name above the one before
-            at = max(height[gene], at + gap, 0.5 * gap)
-            left = x[gene] > 0  # towards the middle, where there is room
-            ax.annotate(
-                _short(str(gene_names[gene]), 14),
-                (x[gene], height[gene]),
-                (x[gene] + 0.06 * edge * (-1 if left else 1), at),
-                size=7.5,
-                ha="right" if left else "left",
-                va="center",
-                zorder=4,
-            )
+        if any_infinite:
+            _mark_infinite(ax, edge, widest)
+            ax.set_xlabel(f"log2 fold change\n±∞ (zero on one side): {int(np.isinf(fold).sum())}", size=8.5)
+        dots = np.stack([x, np.nan_to_num(height)], axis=1)
+        labels.append((ax, [(_short(str(gene_names[g]), 14), tuple(dots[g])) for g in named], dots))
     axes[0].set_ylabel("−log10 false discovery rate", size=9)  # pyright: ignore[reportOptionalSubscript]
     if title:
         axes[0].figure.suptitle(_short(title, 60), size=10.5, x=0.01, ha="left")  # pyright: ignore[reportOptionalSubscript]
+    axes[0].figure.draw_without_rendering()  # pyright: ignore[reportOptionalSubscript]  # the layout decides where the dots lie
+    for of_panel in labels:
+        write_names(*of_panel)
     return list(axes)  # pyright: ignore[reportArgumentType]
+
+
+def _mark_infinite(ax: Any, edge: float, widest: float) -> None:
+    """Ticks at both edges that say infinite, and a line between them and the finite changes."""
+    from matplotlib.ticker import MaxNLocator
+
+    finite = [
+        t for t in MaxNLocator(nbins=4, steps=[1, 2, 5, 10]).tick_values(-widest, widest) if abs(t) <= 0.8 * widest
+    ]
+    ax.set_xticks([-edge, *finite, edge], ["−∞", *(f"{t:g}".replace("-", "\N{MINUS SIGN}") for t in finite), "∞"])
+    for x in (-1, 1):
+        ax.axvline(x * (widest + edge) / 2, color="0.85", linewidth=0.7, linestyle=(0, (1, 2)), zorder=0)
 
 
 def overlay(
@@ -247,7 +267,8 @@ def calibration(
     """A statistic of each gene, predicted over real: on the line a prediction is as spread as the truth.
 
     Above the panel stands the median ratio (log scale) or the median difference, over the genes where real cells have a
-    value that is not zero. On a log scale genes with a zero on either side stand at the edge, hollow.
+    value that is not zero. A log scale holds the bulk of the genes; those outside, zeros too, are hollow dots at the
+    edge, and counted.
 
     Args:
         real, predicted: one value a gene, or several populations' joined; NaN is left out.
@@ -268,21 +289,19 @@ def calibration(
         raise ValueError("real and predicted must share a gene with finite values; they share none.")
     ax = _new((3.8, 3.8)) if ax is None else ax
     if log:
-        positive = np.concatenate([v[v > 0] for v in (real, predicted)])
-        low, high = (float(positive.min()), float(positive.max())) if positive.size else (0.1, 1.0)
-        low, high = low / 1.6, high * 1.6
-        x, y = np.maximum(real, low * 1.12), np.maximum(predicted, low * 1.12)
-        whole = (real > 0) & (predicted > 0)
+        low, high = _bulk(real[real > 0], predicted[predicted > 0])
+        whole = (np.minimum(real, predicted) >= low) & (np.maximum(real, predicted) <= high)
+        inside = (low * (high / low) ** 0.02, high / (high / low) ** 0.02)  # hollow dots are seen whole
+        x, y = (np.where(whole, v, np.clip(v, *inside)) for v in (real, predicted))
         ratio = np.median(predicted[real > 0] / real[real > 0]) if (real > 0).any() else np.nan
         line = f"median predicted / real: {ratio:.2f}"
-        from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-        ax.set_xscale("log")
-        ax.set_yscale("log")
-        for axis in (ax.xaxis, ax.yaxis):
-            axis.set_major_locator(LogLocator(numticks=6))
-            axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))  # the usual one speaks TeX
-            axis.set_minor_formatter(NullFormatter())
+        if not whole.all():
+            line += f"\nhollow, zero or outside: {int((~whole).sum())} of {len(whole)}"
+        ticks = _log_ticks(low, high)
+        for axis, name in ((ax.xaxis, "x"), (ax.yaxis, "y")):
+            getattr(ax, f"set_{name}scale")("log")
+            axis.set_ticks(ticks, [f"{t:g}" for t in ticks])  # the usual formatter speaks TeX
+            axis.set_ticks([], minor=True)
     else:
         low, high, x, y = -0.03, 1.03, real, predicted
         whole = np.ones(len(real), bool)
@@ -298,8 +317,73 @@ def calibration(
     ax.set_ylabel(f"predicted {what}", size=9)
     ax.tick_params(labelsize=8)
     ax.spines[["top", "right"]].set_visible(False)
-    ax.set_title(_short(title, 40), size=10.5, loc="left", pad=18)
+    ax.set_title(_short(title, 40), size=10.5, loc="left", pad=18 + 11 * line.count("\n"))
     ax.annotate(line, (0, 1), (0, 4), "axes fraction", "offset points", size=8.5, color=PREDICTED, va="bottom")
+    return ax
+
+
+def _bulk(real: np.ndarray, predicted: np.ndarray) -> tuple[float, float]:
+    """Limits with a margin that hold nearly all positive values of the real cells, and most of the predicted ones."""
+    if not real.size + predicted.size:
+        return 0.1, 1.0
+    ends = [np.quantile(v, [q, 1 - q]) for v, q in ((real, 0.005), (predicted, 0.1)) if v.size]
+    low, high = min(float(v[0]) for v in ends), max(float(v[1]) for v in ends)
+    lowest, highest = (float(end(np.concatenate([real, predicted]))) for end in (np.min, np.max))
+    low, high = (lowest if low / lowest < 3 else low), (highest if highest / high < 3 else high)  # no gain in a cut
+    margin = max((high / low) ** 0.06, 1.15)
+    return low / margin, high * margin
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Between three and six round numbers; where none are far enough apart, of even steps."""
+    from matplotlib.ticker import MaxNLocator
+
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for step, of_decade in ((3, (1,)), (2, (1,)), (1, (1,)), (1, (1, 3)), (1, (1, 2, 5))):
+        ticks = [n * 10.0**p for p in powers if p % step == 0 for n in of_decade if low <= n * 10.0**p <= high]
+        if 3 <= len(ticks) <= 6:
+            return ticks
+    return [float(t) for t in MaxNLocator(nbins=5).tick_values(low, high) if low <= t <= high and t > 0]
+
+
+def coverage(real: Any, predicted: Any = None, *, nominal: float = 0.9, title: str = "", ax: Any = None) -> Any:
+    """How many genes have which share of their real cells within a range that the prediction says holds `nominal`.
+
+    Args:
+        real: of each gene the share of real cells within the predicted range; NaN is left out.
+        predicted: the share of the predicted cells themselves, an outline: above `nominal` where cells are equal.
+        nominal: the share that the range is to hold, a dashed line.
+        title: of the panel.
+        ax: a new figure unless given.
+
+    Raises:
+        ValueError: no finite share of real cells, shares outside [0, 1].
+    """
+    sides = [np.ravel(np.asarray(v, np.float64)) for v in ([real] if predicted is None else [real, predicted])]
+    sides = [v[np.isfinite(v)] for v in sides]
+    if not sides[0].size:
+        raise ValueError("real must hold the share of at least one gene; no value is finite.")
+    for name, shares in zip(("real", "predicted"), sides, strict=False):
+        if shares.size and not 0 <= shares.min() <= shares.max() <= 1:
+            raise ValueError(f"{name} must hold shares between 0 and 1; got {shares.min():g} to {shares.max():g}.")
+    ax = _new((3.8, 3.5)) if ax is None else ax
+    bins = np.linspace(0, 1, 21)
+    ax.hist(sides[0], bins, color=PREDICTED, alpha=0.6, label="real cells", zorder=2)
+    if len(sides) > 1:
+        ax.hist(sides[1], bins, histtype="step", color="0.35", linewidth=1.2, label="predicted cells", zorder=3)
+    ax.axvline(nominal, color="black", linewidth=0.9, linestyle=(0, (4, 3)), label=f"nominal {nominal:g}", zorder=4)
+    ax.set_xlim(0, 1)
+    ax.set_xlabel(f"share of cells in the predicted {100 * nominal:g} %", size=9)
+    ax.set_ylabel("genes", size=9)
+    ax.tick_params(labelsize=8)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.set_title(_short(title, 40), size=10.5, loc="left", pad=32)
+    told = f"median share of real cells: {np.median(sides[0]):.2f}"
+    ax.annotate(told, (0, 1), (0, 18), "axes fraction", "offset points", size=8.5, color=PREDICTED, va="bottom")
+    ax.legend(
+        loc="lower left", bbox_to_anchor=(-0.02, 0.99), ncols=3, frameon=False, fontsize=8, handlelength=1.2,
+        columnspacing=0.8, borderaxespad=0,
+    )  # fmt: skip
     return ax
 
 

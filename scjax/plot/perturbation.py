@@ -1,5 +1,6 @@
 """Effects of perturbations: predicted over observed changes, the genes that change most, how sets vary, metrics."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -9,11 +10,24 @@ from jaxtyping import Array, Float
 from scjax import check
 from scjax.plot.palette import OBSERVED, PREDICTED
 
-__all__ = ["delta_scatter", "metric_dots", "predictor_lines", "set_means", "top_gene_distributions"]
+__all__ = [
+    "NOISE_LEVEL",
+    "delta_scatter",
+    "metric_dots",
+    "noise_level",
+    "predictor_lines",
+    "set_means",
+    "top_gene_distributions",
+    "write_names",
+]
 
 Cells: TypeAlias = Float[np.ndarray | Array, "_cells _genes"]
 
 CONTROL = "#999999"
+NOISE_LEVEL = (
+    "Real vs real is a noise level, no ceiling, where another row is better: each half of the real cells has half as "
+    "many cells, and its mean scatters more."
+)
 # Where a name may stand, in directions from its point; the first that is free is taken, outwards in three steps.
 AROUND = [(np.cos(a), np.sin(a)) for a in np.deg2rad([20, 160, -20, -160, 50, 130, -50, -130, 80, -80, 110, -110])]
 STEPS = (11.0, 20.0, 32.0)  # points
@@ -103,7 +117,7 @@ def delta_scatter(
     for figure in {id(ax.figure): ax.figure for ax in axes}.values():
         figure.draw_without_rendering()  # the layout decides where the points lie
     for ax, labels, points in named:
-        _write_names(ax, labels, points)
+        write_names(ax, labels, points)
     return axes
 
 
@@ -189,18 +203,21 @@ def set_means(
     populations: Mapping[Any, Sequence[Any]],
     *,
     predicted_name: str = "predicted",
+    note: str = "",
     axes: Sequence[Any] | None = None,
 ) -> list[Any]:
     """How far sets of cells of one population lie apart: in each panel, a dot for the mean of each of its sets.
 
     The plane is that of the first two principal components of the dots; at each axis stands its share of their
     variance. The cross is the mean of a group, the ellipse two standard deviations round it. Sets of unequal size are
-    not comparable: the variance of a mean falls with the number of cells.
+    not comparable: the variance of a mean falls with the number of cells. Sets that are drawn from the same few cells
+    lie closer together than sets of other cells would; say so in `note`.
 
     Args:
         populations: by title, the means of control, observed and predicted sets, each [sets, genes] of three sets or
                 more.
         predicted_name: of the model.
+        note: stands above a new figure: how the sets were drawn.
         axes: one for each population; a new figure unless given.
 
     Raises:
@@ -209,7 +226,8 @@ def set_means(
     """
     if not populations:
         raise ValueError("populations must hold at least one; it is empty.")
-    axes = _panels(len(populations), 3.6) if axes is None else list(axes)
+    ours = axes is None
+    axes = _panels(len(populations), 3.6) if ours else list(axes)
     if len(axes) != len(populations):
         raise ValueError(f"axes must hold one for each of {len(populations)} populations; got {len(axes)}.")
     names = ("control", "observed", predicted_name)
@@ -224,8 +242,31 @@ def set_means(
             check.finite(f"{title}, {name}", means)
         _draw_set_means(ax, groups, names)
         ax.set_title(str(title), loc="left", size=10)
-    axes[0].legend(loc="best", frameon=False, fontsize=8, handlelength=1.0, borderaxespad=0.2)
+    handles = _set_legend(names)
+    if ours:
+        axes[0].figure.legend(
+            handles=handles, loc="outside lower center", ncols=5 if len(axes) > 2 else 2, frameon=False, fontsize=9
+        )
+        if note:
+            axes[0].figure.suptitle(note, size=9.5, x=0.01, ha="left")
+    else:
+        axes[0].legend(handles=handles, loc="best", frameon=False, fontsize=8, handlelength=1.0, borderaxespad=0.2)
     return axes
+
+
+def _set_legend(names: Sequence[str]) -> list[Any]:
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    plain = {"linestyle": "none", "markeredgewidth": 0}
+    return [
+        *(
+            Line2D([], [], marker="o", markersize=5, color=colour, label=f"{name}: mean of a set", **plain)
+            for name, colour in zip(names, (CONTROL, OBSERVED, PREDICTED), strict=True)
+        ),
+        Line2D([], [], marker="X", markersize=8, color="0.25", label="mean of the sets", **plain),
+        Patch(color="0.25", alpha=0.15, label="two standard deviations of the sets"),
+    ]
 
 
 def _draw_set_means(ax: Any, groups: Sequence[np.ndarray], names: Sequence[str]) -> None:
@@ -258,15 +299,19 @@ def metric_dots(
     highlighted: Sequence[str] = (),
     ceiling: str | None = None,
     metric: str = "",
+    lower_is_better: bool | None = None,
     ax: Any = None,
 ) -> Any:
     """A line for each predictor: a dot for each population, a bar at their mean; the ceiling's mean runs through all.
+
+    A ceiling that is worse than another row is called the noise level, and a note above the panel says why.
 
     Args:
         values: of each predictor, one value a population; NaN has no dot, and its count stands behind the name.
         highlighted: the models among them, in colour.
         ceiling: the predictor that is real cells against real cells, if there is one.
         metric: name of the axis, best with an arrow towards better.
+        lower_is_better: of the metric; None calls no ceiling worse.
         ax: a new figure unless given.
     """
     if not values:
@@ -277,6 +322,7 @@ def metric_dots(
         import matplotlib.pyplot as plt
 
         ax = plt.subplots(figsize=(5.6, 0.9 + 0.34 * len(values)), layout="constrained")[1]
+    noisy = ceiling is not None and lower_is_better is not None and _is_beaten(values, ceiling, lower_is_better)
     ticks = []
     for line, (name, each) in enumerate(values.items()):
         each = np.ravel(np.asarray(each, np.float64))
@@ -290,10 +336,28 @@ def metric_dots(
                 ax.axvline(finite.mean(), color=colour, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
         lost = each.size - finite.size
         ticks.append(
-            name + (f" ({lost} of {each.size} without)" if 0 < lost < each.size else " (no value)" if lost else "")
+            (noise_level(name) if noisy and name == ceiling else name)
+            + (f" ({lost} of {each.size} without)" if 0 < lost < each.size else " (no value)" if lost else "")
         )
     predictor_lines(ax, ticks, metric)
+    if noisy:
+        told = textwrap.fill(NOISE_LEVEL, 92)
+        ax.annotate(told, (0.01, 1), (0, 4), ("figure fraction", "axes fraction"), "offset points", size=8)
     return ax
+
+
+def _is_beaten(values: Mapping[str, Any], ceiling: str, lower_is_better: bool) -> bool:
+    means = {name: np.asarray(each, np.float64) for name, each in values.items()}
+    means = {name: float(np.nanmean(each)) for name, each in means.items() if np.isfinite(each).any()}
+    sign = 1 if lower_is_better else -1
+    return ceiling in means and any(sign * mean < sign * means[ceiling] for mean in means.values())
+
+
+def noise_level(name: str) -> str:
+    """The name of real against real where it is no ceiling: `NOISE_LEVEL` says why."""
+    for word in ("ceiling", "floor"):
+        name = name.replace(f"({word})", "(noise level)")
+    return name if "noise level" in name else f"{name} (noise level)"
 
 
 def predictor_lines(ax: Any, ticks: Sequence[str], metric: str) -> None:
@@ -350,9 +414,10 @@ def _ticks(low: float, high: float) -> np.ndarray:
     return np.asarray(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]).tick_values(low, high))
 
 
-def _write_names(ax: Any, labels: Sequence[tuple[str, tuple[float, float]]], points: np.ndarray) -> None:
+def write_names(ax: Any, labels: Sequence[tuple[str, tuple[float, float]]], points: np.ndarray) -> None:
     """Names beside their points: inside the panel, over no other name, and over as few points as can be.
 
+    The figure has been drawn (`draw_without_rendering`), so that its layout stands. `points` are all dots of the panel.
     Greedy, the first (largest) change first; a thin line leads from a name that had to move away. A name that finds no
     free place is left out: the plot stays readable.
     """

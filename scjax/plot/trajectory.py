@@ -146,7 +146,7 @@ def velocities(
         grid_size: width of the squares, in the unit of `x`; a twentieth of the wider side unless given.
         min_cells: a square with fewer cells has no arrow.
         arrow_length: every arrow that long, in the unit of `x`, so that it shows the direction alone.
-        time_step: unless `arrow_length` is given an arrow is the way of so many units of time.
+        time_step: unless `arrow_length` is given an arrow is the path over so many units of time, at this velocity.
         seed: chooses the cell of each square.
         colour: of the arrows.
         axis_names: for a new figure.

@@ -13,6 +13,7 @@ from scjax import checkpoint
 from scjax.data.preprocess import Preprocess
 from scjax.data.splits import HoldOutLast, HoldOutNone, load_split
 from scjax.experiment import TimeSeriesExperiment, evaluate, read_experiment, train
+from scjax.experiment.timeseries import _features
 from scjax.metrics.population import POPULATION_METRICS
 from scjax.predict import load
 from scjax.train.hooks import Hook
@@ -264,6 +265,19 @@ def test_table_of_a_forecast(more_runs):
     (table,) = evaluate([more_runs / "forecast"], make_adata(), metrics=W1, n_draws=2)
     assert table.row("scIMF").mean("W1") > 0
     assert "no training time after 4" in table.row("OT interpolation").note
+
+
+def test_figures_have_the_names_of_components_or_of_genes(tiny_run):
+    """Genes where the model moves them as they are; only unscaled ones are expression, with its zeros."""
+    keep = []
+    evaluate([tiny_run.workdir], make_adata(), metrics=W1, n_draws=1, keep=keep)
+    assert (keep[0].features, keep[0].are_genes) == (("PC 1", "PC 2", "PC 3"), False)
+    trained = load(tiny_run.workdir)
+    steps = replace(trained.transform, components=None, explained_variance=None)
+    steps = replace(steps, mean=np.zeros_like(steps.mean), std=np.ones_like(steps.std))
+    for change, are_genes in (({}, True), ({"std": 2 * steps.std}, False), ({"space": "latent"}, False)):
+        found = _features(trained._replace(transform=replace(steps, **change)))
+        assert found == (list(steps.feature_names), are_genes)
 
 
 def test_table_does_not_depend_on_how_the_counts_are_stored(tiny_run):

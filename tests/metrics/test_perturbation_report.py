@@ -14,6 +14,7 @@ from scjax.metrics.perturbation_report import (
     WIDTH,
     PerturbationRow,
     PerturbationTable,
+    judge,
     normalised_score,
     perturbation_table,
     render,
@@ -101,7 +102,7 @@ def test_a_model_with_the_truth_wins(table):
         assert "(0 that baseline, 1 real vs real)" in line
         baselines = [r.name for r in table.of_kind("baseline") if math.isfinite(r.mean(name))]
         assert 0.8 < normalised_score(table, "good", baselines[0], name) < 1.3
-    assert "DOES NOT BEAT" in verdict(table, "control again", "l2")
+    assert "LOSES TO" in verdict(table, "control again", "l2")
     assert normalised_score(table, "control", "control", "l2") == 0
     assert table.row("control again").mean("l2") == pytest.approx(table.row("control").mean("l2"), rel=0.1)
 
@@ -231,7 +232,8 @@ def test_the_best_baseline_is_the_one_least_beaten():
         "BEATS the best training-free baseline, easy (on the 1 population that it predicts): 1.000 against 1.100"
         in line
     )
-    assert "better on 1 of 1 population (sign test p = 1)" in line
+    assert "better on" not in line, "one population has been told"
+    assert "sign test" not in line
     assert normalised_score(made, "m", "easy", "l2") == pytest.approx(0.1 / 0.6)
     assert normalised_score(made, "m", "hard", "l2") == pytest.approx(2 / 3.5)
 
@@ -241,6 +243,7 @@ def test_spread_over_seeds_and_scales():
     made = by_hand(row("m", "model", [1.0, 1.0], [2.6, 2.6]), base, real)
     assert made.row("m").sd_seeds("l2") == pytest.approx(1.6 / 2**0.5)
     assert base.sd_seeds("l2") is None
+    assert "m TIES WITH" in verdict(made, "m", "l2")
     assert "smaller than the spread over seeds, 1.131" in verdict(made, "m", "l2")
     worse = by_hand(row("m", "model", [4.0, 4.0]), base, real)
     assert normalised_score(worse, "m", "b", "l2") == -2
@@ -257,7 +260,44 @@ def test_one_is_best(ours, wins):
         row("b", "baseline", [1.15, 1.15], metric="variance_ratio"),
     )
     line = verdict(by_hand(*rows, metric="variance_ratio"), "m", "variance_ratio")
-    assert ("DOES NOT BEAT" in line) != wins
+    assert ("LOSES TO" in line) != wins
+    assert ("BEATS" in line) == wins
+
+
+def test_no_normalised_score_where_the_scale_is_tiny():
+    """The score is there for who asks for it; the line says why it tells nothing."""
+    base = row("b", "baseline", [2.0, 2.0])
+    for real, told in ((1.0, "normalised score -8.00 (0 that"), (1.5, "normalised score - (real vs real is too near")):
+        made = by_hand(row("m", "model", [10.0, 10.0]), base, row("r", "floor", [real, real]))
+        assert told in verdict(made, "m", "l2")
+    assert normalised_score(made, "m", "b", "l2") == -16
+    equal = by_hand(row("m", "model", [2.0001, 2.0001]), base, row("r", "floor", [1.0, 1.0]))
+    assert "normalised score 0.00 " in verdict(equal, "m", "l2")
+
+
+def test_test_and_interval_need_five_populations():
+    for n in (4, 5):
+        line = verdict(by_hand(row("m", "model", [1.0] * n), row("b", "baseline", [2.0] * n)), "m", "l2")
+        assert f"better on {n} of {n} populations" in line
+        assert ("sign test p = 0.062" in line) == ("no interval" not in line) == (n == 5)
+
+
+def test_rows_and_columns_without_a_value_are_not_in_the_text(world):
+    """They are in the JSON, and the foot says why."""
+    training, real, cells = world
+    metrics = {name: EXPRESSION_METRICS[name] for name in ("l2", "discrimination_score_l1")}
+    models = {"m": [{D: cells(D, 30, 1)}]}
+    made = perturbation_table("one", models, training, {D: real[D]}, metrics, seed=0, gene_names=GENES)
+    text = render(made)
+    body, foot = text[: text.rindex("---")], text[text.rindex("---") :]
+    assert "additive" not in body
+    assert "additive: " in foot
+    assert "1 of 1 population not predicted (D: not defined: not a combination)" in foot
+    assert "discrimination" not in body
+    assert "discrimination_score_l1: not even the real cells have a value for 1 of 1 population." in foot
+    plain = to_json_dict(made)
+    assert "additive" in {one["name"] for one in plain["rows"]}
+    assert "discrimination_score_l1" in plain["rows"][0]["scores"]
 
 
 def test_counts_have_no_winner():
@@ -323,6 +363,8 @@ def test_verdict_has_the_paired_interval_of_the_difference():
     assert "; difference -0.4900 [-0.5000, -0.4800];" in line
     assert "difference 0.5100 [0.5000, 0.5200]" in verdict(seven(-0.5), "m", "l2")
     assert ", which holds 0;" in verdict(seven(0.01), "m", "l2")
+    for gain, found in ((0.5, "win"), (0.01, "tie"), (-0.5, "lose")):
+        assert judge(seven(gain), "m", "l2").outcome == found
     assert "(no interval: fewer than 5 populations)" in verdict(
         by_hand(row("m", "model", [1.0]), row("b", "baseline", [2.0])), "m", "l2"
     )

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from scjax.metrics.baselines import Baseline
+from scjax.metrics.intervals import Interval
 from scjax.metrics.population import (
     ALL_POPULATION_METRICS,
     POPULATION_METRICS,
@@ -20,7 +21,9 @@ from scjax.metrics.report import (
     Row,
     aggregate,
     aggregate_to_json_dict,
+    judge,
     normalised_score,
+    outcome,
     render,
     render_aggregates,
     result_table,
@@ -49,16 +52,20 @@ def table(*model_values, metric=W1, baselines=(2.0, 3.0), floor=1.0):
 @pytest.mark.parametrize(
     ("model", "says", "does_not_say"),
     [
-        ([(1.5, 1.5)], "BEATS the best training-free baseline, b0: 1.500 against 2.000, ratio 0.750.", "NOT"),
-        ([(2.5, 2.5)], "DOES NOT BEAT the best training-free baseline, b0: 2.500 against 2.000, ratio 1.250.", "than"),
-        ([(2.0, 2.0)], "DOES NOT BEAT", " BEATS"),
+        ([(1.5, 1.5)], "BEATS the best training-free baseline, b0: 1.500 against 2.000, ratio 0.750.", "TIES"),
+        ([(2.5, 2.5)], "LOSES TO the best training-free baseline, b0: 2.500 against 2.000, ratio 1.250.", "than"),
+        ([(2.0, 2.0)], "model TIES WITH the best training-free baseline, b0: 2.000 against 2.000", "spread"),
+        ([(1.99999, 1.99999)], "TIES WITH", "BEATS"),
         (
             [(1.4, 2.4)],
-            "b0: 1.900 against 2.000, ratio 0.950; the difference is smaller than the spread over d",
+            "TIES WITH the best training-free baseline, b0: "
+            "1.900 against 2.000, ratio 0.950; the difference is smaller than the spread over d",
             "seeds",
         ),
+        ([(1.6, 2.8)], "TIES WITH", "LOSES"),
+        ([(1.4,), (2.4,)], "TIES WITH", "BEATS"),
         ([(1.4,), (2.4,)], "smaller than the spread over seeds, 0.7071", "draws"),
-        ([(1.5, math.nan)], "model FAILED (1 values could not be computed", "BEAT"),
+        ([(1.5, math.nan)], "model FAILED (1 values could not be computed", "LOSES"),
     ],
 )
 def test_verdict_says_it_plainly(model, says, does_not_say):
@@ -69,13 +76,61 @@ def test_verdict_says_it_plainly(model, says, does_not_say):
 
 def test_verdict_follows_the_direction():
     assert "BEATS the best training-free baseline, b1" in verdict(table((3.5,), metric=R2), "model", "R2")
-    assert "DOES NOT BEAT the best training-free baseline, b1" in verdict(table((2.5,), metric=R2), "model", "R2")
+    assert "LOSES TO the best training-free baseline, b1" in verdict(table((2.5,), metric=R2), "model", "R2")
 
 
 def test_verdict_against_chosen_rows():
-    assert "DOES NOT BEAT" in verdict(table((2.5,)), "model", "W1")
+    assert "LOSES TO" in verdict(table((2.5,)), "model", "W1")
     assert "BEATS the best training-free baseline, b1" in verdict(table((2.5,)), "model", "W1", ["b1"])
     assert "no training-free baseline is defined" in verdict(table((2.5,)), "model", "W1", ["undefined"])
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "settings", "found"),
+    [
+        (1.0, 2.0, {}, "win"),
+        (2.0, 1.0, {}, "lose"),
+        (-0.9, -0.8, {}, "win"),  # of a metric of which the higher is better, negated
+        (1.0, 1.00004, {}, "tie"),  # both are told as 1.000
+        (0.0, 0.0, {}, "tie"),
+        (1.0, 1.2, {"spread": 0.21}, "tie"),
+        (1.2, 1.0, {"spread": 0.21}, "tie"),
+        (1.0, 1.2, {"spread": 0.19}, "win"),
+        (1.0, 1.2, {"difference": Interval(-0.3, 0.1, 0.95, 5, 1)}, "tie"),
+        (1.0, 1.2, {"difference": Interval(0.1, 0.3, 0.95, 5, 1)}, "win"),
+        (1.0, 1.2, {"difference": Interval(math.nan, math.nan, 0.95, 4, 1, "4 units")}, "win"),
+        (math.inf, 1.0, {"spread": math.nan}, "lose"),
+    ],
+)
+def test_one_rule_says_win_tie_or_lose(ours, theirs, settings, found):
+    assert outcome(ours, theirs, **settings) == found
+
+
+def test_outcome_of_one_is_best_is_by_the_logarithm():
+    """0.5 and 2 are equally far from 1; what is a spread of the ratios is none of their logarithms."""
+    ratio = Metric("ratio", "a ratio", "1", "1 is best", lambda pred, real: 0.0)
+    found = judge(table((0.5,), metric=ratio, baselines=(2.0, 3.0)), "model", "ratio")
+    assert found.outcome == "tie"
+    found = judge(table((0.1, 0.2), metric=ratio, baselines=(0.01, 0.02)), "model", "ratio")
+    assert found.outcome == "win"
+    found = judge(table((0.9, 1.1), metric=ratio, baselines=(1.08, 2.0)), "model", "ratio")
+    assert found.outcome == "tie"
+    assert "the difference of |log| is smaller than the spread over draws" in found.text
+    assert judge(table((0.0,), (1.8,), metric=ratio), "model", "ratio").outcome == "win"
+
+
+def test_outcome_and_line_say_the_same():
+    for values, found, words in (
+        ((1.5,), "win", "BEATS"),
+        ((2.0,), "tie", "TIES WITH"),
+        ((2.5,), "lose", "LOSES TO"),
+        ((math.nan,), "failed", "FAILED"),
+    ):
+        said = judge(table(values), "model", "W1")
+        assert said.outcome == found
+        assert words in said.text
+        assert said.text == verdict(table(values), "model", "W1")
+    assert judge(table((2.5,)), "model", "W1", ["undefined"]).outcome is None
 
 
 @pytest.mark.parametrize(("value", "score"), [(2.0, 0), (1.0, 1), (1.5, 0.5), (4.0, -2), (0.5, 1.5)])
@@ -102,6 +157,7 @@ def test_text_is_aligned_with_the_floor_last():
     foot = "\n".join(text[rule[-1] :])
     assert W1.definition in foot
     assert "undefined: not defined: no later time." in foot
+    assert "undefined" not in "\n".join(body), "a row of dashes says nothing"
     assert "Values that could not be computed: 1." in foot
     assert "failed (1)" in "\n".join(body)
 
@@ -202,7 +258,7 @@ def test_one_is_best_in_a_table_of_populations():
     baselines = {"narrow": Baseline(0.9 * real, ""), "flat": Baseline(0.1 * real, "")}
     made = result_table("t", {"wide": [2 * real]}, baselines, real, metric, seed=0)
     told = verdict(made, "wide", "variance_ratio")
-    assert "wide DOES NOT BEAT the best training-free baseline, narrow" in told
+    assert "wide LOSES TO the best training-free baseline, narrow" in told
     assert "against 0.8100." in told, "a ratio of ratios says nothing"
     assert normalised_score(made, "wide", "flat", "variance_ratio") > 0
     assert normalised_score(made, "wide", "narrow", "variance_ratio") < 0

@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 
 from scjax.plot import palette
-from scjax.plot.perturbation import delta_scatter, metric_dots, set_means, top_gene_distributions
+from scjax.plot.perturbation import (
+    NOISE_LEVEL,
+    delta_scatter,
+    metric_dots,
+    noise_level,
+    set_means,
+    top_gene_distributions,
+)
 
 GENES = [f"gene{i}" for i in range(40)]
 rgb = plt.matplotlib.colors.to_rgb
@@ -153,6 +160,30 @@ def test_dots_of_a_metric():
 
 
 @pytest.mark.parametrize(
+    ("lower", "real", "name"),
+    [
+        (True, [2.0, 3.0], "real vs real (noise level)"),
+        (True, [0.1, 0.2], "real vs real (ceiling)"),
+        (False, [0.1, 0.2], "real vs real (noise level)"),
+        (False, [2.0, 3.0], "real vs real (ceiling)"),
+        (None, [2.0, 3.0], "real vs real (ceiling)"),
+    ],
+)
+def test_a_ceiling_below_another_row_is_a_noise_level(lower, real, name):
+    ceiling = "real vs real (ceiling)"
+    values = {"model": [1.0, 1.0], "none": [np.nan, np.nan], ceiling: real}
+    ax = metric_dots(values, ceiling=ceiling, lower_is_better=lower)
+    assert ax.get_yticklabels()[-1].get_text() == name
+    told = " ".join(" ".join(written(ax)).split())
+    assert told == (NOISE_LEVEL if "noise" in name else "")
+
+
+def test_noise_level_is_called_so():
+    assert noise_level("real vs real (floor)") == "real vs real (noise level)"
+    assert noise_level("halves") == "halves (noise level)"
+
+
+@pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: delta_scatter({}, {}, []), "observed must hold"),
@@ -193,6 +224,20 @@ def test_means_of_sets_keep_their_distances(sets):
     assert ax.get_xlabel().endswith(f"({100 * share[0]:.0f} %)")
     assert ax.get_ylabel().endswith(f"({100 * share[1]:.0f} %)")
     assert share[0] > share[1]
+
+
+def test_legend_of_sets_explains_every_sign(sets):
+    _, groups = sets
+    told = ["control", "observed", "model"]
+    told = [f"{name}: mean of a set" for name in told] + ["mean of the sets", "two standard deviations of the sets"]
+    (ax,) = set_means({"A": groups}, predicted_name="model", note="drawn again and again")
+    (legend,) = ax.figure.legends
+    assert [t.get_text() for t in legend.get_texts()] == told
+    assert ax.figure.get_suptitle() == "drawn again and again"
+    figure, given = plt.subplots()
+    set_means({"A": groups}, predicted_name="model", axes=[given])
+    assert [t.get_text() for t in given.get_legend().get_texts()] == told
+    assert not figure.legends
 
 
 def test_the_ellipse_is_two_standard_deviations(sets):
