@@ -123,13 +123,15 @@ def _finish_time_series(
 ) -> tuple[str, ...]:
     import numpy as np
 
+    from scjax.metrics.report import judge
     from scjax.plot import trajectory
     from scjax.plot.save import save
     from scjax.predict import load, predict, velocity
 
     for table in tables:
         with_, without = (table.row(name).mean("W1") for name in (_WITH, _WITHOUT))
-        word = "help" if with_ < without else "do not help"
+        found = judge(table, _WITH, "W1", (_WITHOUT,)).outcome
+        word = {"win": "help", "tie": "make no clear difference"}.get(str(found), "do not help")
         print(f"Interactions {word} here: W1 is {with_:.3f} with them and {without:.3f} without.")
 
     trained: Any = load(runs[_WITH][0])

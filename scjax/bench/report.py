@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from scjax.metrics.perturbation_report import PerturbationTable
-from scjax.metrics.report import ResultTable, finite_or_none, number
+from scjax.metrics.report import ARROWS, ResultTable, finite_or_none, losses, number, outcome
 
 __all__ = ["comparisons", "render"]
 
@@ -21,30 +21,23 @@ _SHOWN = (
     "discrimination_score_cosine",
     "variance_ratio",
 )
-_LOSS = {  # smaller is better
-    "lower is better": lambda value: value,
-    "higher is better": lambda value: -value,
-    "1 is best": lambda value: np.abs(np.log(value)),
-}
 
 
 def comparisons(table: ResultTable | PerturbationTable, model: str) -> list[dict[str, Any]]:
     """The model's row against each baseline, in each metric that has a better and a worse.
 
-    win: better by more than the standard deviation over seeds (over draws of cells for a time series and one seed, 0
-    for perturbations and one seed); lose: worse by more; tie: else; failed: the model has no value; None: the baseline
-    has none. With perturbations both are means over the populations that the baseline predicts; a metric of which 1 is
-    best is compared by its |log|.
+    win: better by the standard deviation over seeds (over draws of cells for a time series and one seed, 0 for
+    perturbations and one seed) or more; lose: worse by it; tie: else; failed: the model has no value; None: the
+    baseline has none. With perturbations both are means over the populations that the baseline predicts; a metric of
+    which 1 is best is compared by its |log|.
     """
     found = []
     for metric in table.metrics:
-        loss = _LOSS.get(metric.direction)
-        for other in table.of_kind("baseline") if loss is not None else ():
+        for other in table.of_kind("baseline") if ARROWS[metric.direction] else ():
             ours, theirs, spread = _sides(table, table.row(model), other, metric.name)
-            with np.errstate(divide="ignore", invalid="ignore"):
-                losses, limit = loss(ours), float(loss(theirs))  # pyright: ignore[reportOptionalCall]
+            lost, limit = losses(metric.direction, ours), float(losses(metric.direction, np.array(theirs)))
             if spread is None:
-                spread = float(np.std(losses, ddof=1)) if len(losses) > 1 else 0.0
+                spread = float(np.std(lost, ddof=1)) if len(lost) > 1 else 0.0
             found.append(
                 {
                     "metric": metric.name,
@@ -53,7 +46,7 @@ def comparisons(table: ResultTable | PerturbationTable, model: str) -> list[dict
                     "by_seed": [finite_or_none(float(value)) for value in ours],
                     "spread": finite_or_none(spread),
                     "value": finite_or_none(float(theirs)),
-                    "outcome": _outcome(float(np.mean(losses)), limit, spread),
+                    "outcome": _outcome(float(np.mean(lost)), limit, spread),
                 }
             )
     return found
@@ -76,9 +69,7 @@ def _outcome(ours: float, theirs: float, spread: float) -> str | None:
         return None
     if not math.isfinite(ours):
         return "failed"
-    if abs(ours - theirs) <= spread:
-        return "tie"
-    return "win" if ours < theirs else "lose"
+    return outcome(ours, theirs, spread=spread)
 
 
 def render(records: Sequence[Mapping[str, Any]]) -> str:
