@@ -35,7 +35,7 @@ def comparisons(table: ResultTable | PerturbationTable, model: str) -> list[dict
     for metric in table.metrics:
         for other in table.of_kind("baseline") if ARROWS[metric.direction] else ():
             ours, theirs, spread = _sides(table, table.row(model), other, metric.name)
-            lost, limit = losses(metric.direction, ours), float(losses(metric.direction, np.array(theirs)))
+            lost, (limit,) = (losses(metric.direction, side) for side in (ours, np.array([theirs])))
             if spread is None:
                 spread = float(np.std(lost, ddof=1)) if len(lost) > 1 else 0.0
             found.append(
@@ -46,7 +46,7 @@ def comparisons(table: ResultTable | PerturbationTable, model: str) -> list[dict
                     "by_seed": [finite_or_none(float(value)) for value in ours],
                     "spread": finite_or_none(spread),
                     "value": finite_or_none(float(theirs)),
-                    "outcome": _outcome(float(np.mean(lost)), limit, spread),
+                    "outcome": _outcome(float(np.mean(lost)), float(limit), spread),
                 }
             )
     return found
