@@ -35,8 +35,8 @@ def listed(words: Iterable[Any], most: int = 5, join: str = ", ") -> str:
 
 def one_of(name: str, value: Any, options: Collection[Any]) -> None:
     if value not in options:
-        listed = ", ".join(repr(o) for o in options)
-        raise ValueError(f"{name} must be one of {listed}; got {value!r}.{suggestion(value, options)}")
+        known = ", ".join(repr(o) for o in options)
+        raise ValueError(f"{name} must be one of {known}; got {value!r}.{suggestion(value, options)}")
 
 
 def positive(name: str, value: float) -> None:

@@ -144,10 +144,14 @@ class Train:
         )
         if not first:
             return
-        if began := _share_of_start(self.experiment, int(done.state.step)):
+        predicts = done.state.step if done.state.best is None else done.state.best.step
+        if began := _share_of_start(self.experiment, int(predicts)):
+            none = "--ema-decay None"
+            if hasattr(self.experiment, "ema_every"):
+                none += " --ema-every 1 --ema-start initial"
             print(
-                f"predictions use the moving average of the parameters, {began:.0%} of which is still what training "
-                "began with: train longer, or with --ema-decay None"
+                f"predictions use a moving average of the parameters, {began:.0%} of which is still what training "
+                f"began with: train longer, or with {none}"
             )
         lines = _next_commands(self.experiment, done, self.out, self.data, self.vectors)
         print(f"{int(done.state.step)} steps; the run is in {self.out}.{' Next:' if lines else ''}")
@@ -179,7 +183,8 @@ class Predict:
             run's own number if left out.
         seed: of the noise, and of the draw of cells.
         step: of the checkpoint; the newest if left out.
-        devices: of this machine, that share the cells of a prediction; one if left out.
+        devices: of this machine, that share the cells of a prediction; one if left out. The population of a time series
+            (--n-cells) must be a multiple of them.
         verbose: print all settings of the run first.
         ensemble: folders of other runs of the same experiment, with other seeds: instead of cells the mean of each
             condition or time is written, over cells and runs, and how far the runs part (layers sd, lowest, highest).
@@ -246,6 +251,7 @@ class Predict:
 
     def execute(self) -> None:
         from scjax.data.writer import check_new_file
+        from scjax.mesh import make_mesh
         from scjax.predict.timeseries import predicting_velocity
 
         check_new_file(self.out)
@@ -256,6 +262,7 @@ class Predict:
         trained: Any = predict.load(self.run, self.step)  # of the kind that is looked up next
         kind = trained.about["experiment"]["kind"]
         self.check_options(kind)
+        mesh = None if self.devices is None else make_mesh(self.devices)
         title = predict.model_title(trained.config)
         told = f"predict with {title}, run {trained.about['run']}, step {trained.step}: settings in {self.run}"
         _announce(told, self.verbose, self, trained.about["experiment"])
@@ -263,15 +270,15 @@ class Predict:
         adata = _read_data(self.data, kind, trained.about, on_disk=on_disk)
         _attach(adata, self.vectors, trained.spec, every=False)
         if self.ensemble or self.interval is not None:
-            self.means(kind, adata)
+            self.means(kind, adata, mesh)
             return
         real = None
         if self.velocity:
             made = predicting_velocity(trained, adata, bases=self.bases, n_partners=self.partners)
         elif kind == "TimeSeriesExperiment":
-            made = predict.predicting(trained, adata, self.times, **self.how(kind))
+            made = predict.predicting(trained, adata, self.times, **self.how(kind, mesh))
         else:
-            given = self.how(kind)
+            given = self.how(kind, mesh)
             made = predict.predicting(trained, adata, self.conditions, **given)
             if self.observed is not None:
                 which: dict[str, Any] = {"contexts": given["contexts"], "genes": made.genes}
@@ -283,24 +290,22 @@ class Predict:
         if real is not None and self.observed is not None:
             print(f"{real.write(self.observed).n_obs} observed cells of the same genes written to {self.observed}")
 
-    def how(self, kind: str) -> dict[str, Any]:
+    def how(self, kind: str, mesh: Any) -> dict[str, Any]:
         """The options of `predict` for this kind."""
-        from scjax.mesh import make_mesh
-
         more = () if kind == "TimeSeriesExperiment" else ("contexts", "on_unknown", *_HOW, *_OPTIONS[kind])
         given = {name: getattr(self, name) for name in ("n_cells", "seed", *more)}
         given = {name: None if value == () else value for name, value in given.items()}
         if self.chunk is None:
             given.pop("chunk", None)  # each kind has its own
-        return given | {"mesh": None if self.devices is None else make_mesh(self.devices)}
+        return given | {"mesh": mesh}
 
-    def means(self, kind: str, adata: Any) -> None:
+    def means(self, kind: str, adata: Any, mesh: Any) -> None:
         from scjax.data.writer import write_cells
         from scjax.experiment import predict_intervals
         from scjax.predict.ensemble import load_members, predict_means
 
         members = load_members((self.run, *self.ensemble))
-        given = self.how(kind)
+        given = self.how(kind, mesh)
         if self.interval is None:
             found = predict_means(members, adata, self.conditions or self.times, **given)
         else:
@@ -792,25 +797,39 @@ def _again(arguments: list[str]) -> str:
 
 def _as_options(message: str, arguments: list[str]) -> list[str]:
     """How a command spells the settings that a message of the library names as `name=value`, or begins with."""
-    commands: dict[str, type] = {"train": Train, "predict": Predict, "evaluate": Evaluate}
-    if not arguments or arguments[0] not in commands:
-        return []
-    own = {field.name for field in dataclasses.fields(commands[arguments[0]])}
-    spelled = {name: f"--{name}" for name in own} | {"workdir": "--out", "directory": "--run", "path": "--data"}
-    if arguments[0] == "train":
-        for kind in get_args(Experiment):
-            hints = get_type_hints(kind)
-            for name, hint in hints.items():
-                spelled.setdefault(name, f"--{name}")
-                for cls in (hint, *get_args(hint)):
-                    for field in dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ():
-                        spelled[f"{name}.{field.name}"] = f"--{name}.{field.name}"
-                        spelled.setdefault(field.name, f"--{name}.{field.name}")
+    spelled = {name: option.replace("_", "-") for name, option in _spelled(arguments).items()}
     named = {name: f"{name}=..." for name in re.findall(r"(?<![\w.-])([a-z]\w*(?:\.\w+)?)=(?=[\w'\[(-])", message)}
     first = re.match(r"([a-z]\w*(?:\.\w+)?)(?= must | names |: )", message)
     named = ({first[1]: first[1]} if first else {}) | named
-    options = [f"{told} is {spelled[name].replace('_', '-')}" for name, told in named.items() if name in spelled]
+    options = [f"{told} is {spelled[name]}" for name, told in named.items() if name in spelled]
     return [f"In the command line: {', '.join(options)}."] if options else []
+
+
+def _spelled(arguments: list[str]) -> dict[str, str]:
+    """The options of the command by the names that the library has for them; without names that several may mean."""
+    from scjax.data.spec import DataSpec
+
+    commands: dict[str, type] = {"train": Train, "predict": Predict, "evaluate": Evaluate}
+    if not arguments or arguments[0] not in commands:
+        return {}
+    own = {field.name for field in dataclasses.fields(commands[arguments[0]])}
+    if arguments[0] == "evaluate":
+        return {name: f"--{name}" for name in own - {*(_OF_RUNS if "--predicted" in arguments else _OF_FILES)}}
+    renamed = {"path": "--data", "n_devices": "--devices"}
+    if arguments[0] == "predict":
+        alone = {"directory": "--run"} if "--ensemble" not in arguments else {}
+        return {name: f"--{name}" for name in own} | renamed | alone
+    found: dict[str, set[str]] = {}
+    for kind in get_args(Experiment):
+        for name, hint in get_type_hints(kind).items():
+            found.setdefault(name, set()).add(f"--{name}")
+            for cls in (hint, *get_args(hint)):
+                for field in dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ():
+                    found[f"{name}.{field.name}"] = {f"--{name}.{field.name}"}
+                    found.setdefault(field.name, set()).add(f"--{name}.{field.name}")
+    of_spec = {field.name: f"--spec.{field.name}" for field in dataclasses.fields(DataSpec)}  # what data are checked by
+    clear = {name: min(options) for name, options in found.items() if len(options) == 1}
+    return {name: f"--{name}" for name in own} | clear | of_spec | renamed | {"workdir": "--out"}
 
 
 def _parse_train(arguments: list[str]) -> Train:
@@ -922,9 +941,10 @@ def _shown_json(path: Path) -> str:
 def _shown_data(path: Path) -> str:
     adata = _read(path, _size(path) > _LARGE)
     lines = [f"{path}: {adata.n_obs} cells x {adata.n_vars} genes", *_shown_record(adata.uns)]
-    lines += [f"  X: {told}" for told in [_shown_values(adata.X)] if told]
+    ours = "scjax" in adata.uns  # whose record says what the numbers are
+    lines += [f"  X: {_shown_values(adata.X, ours)}"] if adata.X is not None else []
     lines += [f"  obs {column}: {_shown_column(adata.obs[column])}" for column in adata.obs]
-    lines += [f"  layers {name}: {_shown_values(adata.layers[name])}" for name in adata.layers if name]
+    lines += [f"  layers {name}: {_shown_values(adata.layers[name], ours)}" for name in adata.layers if name]
     for kind in ("obsm", "obsp", "uns"):
         keys = [str(k) for k in getattr(adata, kind, ()) if k is not None]
         if keys:
@@ -932,19 +952,24 @@ def _shown_data(path: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _shown_values(matrix: Any) -> str:
-    """What the numbers look like, of the first cells: whether they are counts is what --spec.space asks first."""
+def _shown_values(matrix: Any, range_alone: bool) -> str:
+    """What the numbers of the first cells look like: whether they are counts is what --spec.space asks first."""
     import numpy as np
 
     from scjax.data.spec import LARGEST_LOG
 
-    if matrix is None or not matrix.shape[0]:
-        return ""
-    some = matrix[:_SOME_CELLS]
-    values = np.asarray(some.data if hasattr(some, "indptr") else some[:])
-    if not values.size:
-        return "zeros"
+    try:
+        some = matrix[: min(_SOME_CELLS, matrix.shape[0])]
+    except ValueError:  # genes by cells on disk, of which no rows can be read
+        return "not looked at"
+    values = np.asarray(some.data if hasattr(some, "indptr") else some)
+    if values.dtype.kind not in "buif":
+        return "not numbers"
+    if not values.any():
+        return "zeros" if np.prod(some.shape) else "empty"
     low, high = values.min(), values.max()
+    if values.size < np.prod(some.shape):
+        low, high = min(low, 0), max(high, 0)
     if not np.isfinite([low, high]).all():
         return "holds values that are not finite"
     kind = "of any sign: scaled, or a latent"
@@ -952,7 +977,8 @@ def _shown_values(matrix: Any) -> str:
         kind = "whole numbers: counts" if high > 1 else "0 and 1"
     elif low >= 0:
         kind = "log-normalised, by their size" if high <= LARGEST_LOG else "normalised, too large for logarithms"
-    return f"{min(low, 0) if hasattr(some, 'indptr') else low:g} to {high:g}, {kind}"
+    told = f"{low:g} to {high:g}" + ("" if range_alone else f", {kind}")
+    return told + (f" (the first {_SOME_CELLS} cells)" if matrix.shape[0] > _SOME_CELLS else "")
 
 
 def _shown_record(uns: Any) -> list[str]:
@@ -1062,12 +1088,13 @@ def _shown_split(split: dict[str, Any]) -> list[str]:
 
 
 def _share_of_start(experiment: Experiment, n_steps: int) -> float:
-    """Of the first parameters in the moving average that predicts; 0 where it is small, or where nothing averages."""
-    if experiment.ema_decay is None or getattr(experiment, "validate_every", None) is not None:
+    """Of the parameters that the moving average began with, after so many steps; 0 where it is small or none is."""
+    if experiment.ema_decay is None:
         return 0.0
-    if getattr(experiment, "ema_start", "initial") != "initial":
-        return 0.0
-    share = experiment.ema_decay ** (n_steps // getattr(experiment, "ema_every", 1))
+    updates = -(-n_steps // getattr(experiment, "ema_every", 1))  # after the steps 0, ema_every, 2 ema_every, ...
+    if getattr(experiment, "ema_start", "initial") == "first_step":
+        updates -= 1
+    share = experiment.ema_decay ** max(updates, 0)
     return share if share > _MOST_OF_START else 0.0
 
 

@@ -130,9 +130,9 @@ def _finish_time_series(
 
     for table in tables:
         with_, without = (table.row(name).mean("W1") for name in (_WITH, _WITHOUT))
-        found = judge(table, _WITH, "W1", (_WITHOUT,)).outcome
-        word = {"win": "help", "tie": "make no clear difference"}.get(str(found), "do not help")
-        print(f"Interactions {word} here: W1 is {with_:.3f} with them and {without:.3f} without.")
+        words = {"win": "help", "tie": "make no clear difference", "lose": "do not help"}
+        if (found := judge(table, _WITH, "W1", (_WITHOUT,)).outcome) in words:
+            print(f"Interactions {words[found]} here: W1 is {with_:.3f} with them and {without:.3f} without.")
 
     trained: Any = load(runs[_WITH][0])
     held_out = tuple(trained.about["split"]["held_out"])

@@ -78,8 +78,7 @@ def check_shared(mesh: Mesh | None, shard_above: int | None) -> None:
         return
     if shard_above is not None:
         at_least("shard_above", shard_above, 1)
-    if tuple(mesh.axis_names) != AXES:
-        raise ValueError(f"mesh must have the axes {AXES} (scjax.mesh.make_mesh); got {mesh.axis_names}.")
+    _check_axes(mesh)
     left = set(range(jax.process_count())) - {device.process_index for device in mesh.devices.flat}
     if left:
         raise ValueError(f"mesh must hold devices of every process; it has none of {sorted(left)}.")
@@ -89,10 +88,11 @@ def check_predicting(mesh: Mesh | None, what: str, n: int) -> None:
     """Predictions of `n` things at once can be shared by the mesh; always without one.
 
     Raises:
-        ValueError: its devices do not divide n, called `what`; several processes.
+        ValueError: its devices do not divide n, called `what`; other axes; several processes.
     """
     if mesh is not None:
         refuse_several("a prediction on a mesh")
+        _check_axes(mesh)
         _divisible(what, n, mesh)
 
 
@@ -281,6 +281,11 @@ def _grouped(name: str, option: str, shape: Sequence[int], mesh: Mesh) -> tuple[
         f"a batch of {n_groups} {name}s of {n_cells} cells cannot be shared by {mesh.size} devices ({n_batch} x "
         f"{n_within}): {option} must be a multiple of {n_batch}{within}, or sampling.n_cells one of {mesh.size}."
     )
+
+
+def _check_axes(mesh: Mesh) -> None:
+    if tuple(mesh.axis_names) != AXES:
+        raise ValueError(f"mesh must have the axes {AXES} (scjax.mesh.make_mesh); got {mesh.axis_names}.")
 
 
 def _divisible(what: str, n: int, mesh: Mesh) -> None:

@@ -302,7 +302,8 @@ def _ranking(table: Any) -> Iterator[str]:
         ordered = dict(sorted(rows.items(), key=lambda item: _order(m, item[1][0])))
         models = [row.name for row in table.of_kind("model") if row.name in rows]
         floor = next((row.name for row in table.of_kind("floor") if row.name in rows), None)
-        if floor is not None and _is_worse(m, rows[floor][0], [v[0] for name, v in rows.items() if name != floor]):
+        others = [table.row(name) for name in rows if name != floor]
+        if floor is not None and any(_is_nearer(m, row, table.row(floor)) for row in others):
             noisy, ordered = True, {noise_level(k) if k == floor else k: v for k, v in ordered.items()}
             floor = noise_level(floor)
         axis = m.name + ARROWS[m.direction]
@@ -316,10 +317,17 @@ def _ranking(table: Any) -> Iterator[str]:
     yield from _figures("Ranking", note, figures)
 
 
-def _is_worse(metric: Any, value: float, others: Sequence[float]) -> bool:
-    """Than one of the others; a metric without direction has no worse."""
-    ours = _order(metric, value)
-    return metric.direction != "no direction" and any(_order(metric, other) < ours for other in others)
+def _is_nearer(metric: Any, row: Any, floor: Any) -> bool:
+    """Whether a row is better than real against real, on the populations of both."""
+    if metric.direction == "no direction":
+        return False
+    values = [one.mean(metric.name) for one in (row, floor)]
+    if not hasattr(row, "comparisons"):
+        common = row.has_value(metric.name) & floor.has_value(metric.name)
+        values = (
+            [float(one.by_population(metric.name)[:, common].mean()) for one in (row, floor)] if common.any() else []
+        )
+    return bool(values) and _order(metric, values[0]) < _order(metric, values[1])
 
 
 def _order(metric: Any, value: float) -> tuple[bool, float]:

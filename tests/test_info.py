@@ -45,7 +45,7 @@ def test_extras_are_those_of_the_package():
     """Each extra that adds libraries to an installed scjax, with all that it names."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     named = {extra: tuple(one.split(">=")[0] for one in wanted) for extra, wanted in extras.items()}
-    of_developers, of_jax = {"test", "dev", "bench"}, {"cuda12", "cuda13", "tpu"}
+    of_developers, of_jax = {"test", "dev"}, {"cuda12", "cuda13", "tpu"}
     assert {extra: parts for extra, parts in named.items() if extra not in of_developers | of_jax} == info.EXTRAS
 
 

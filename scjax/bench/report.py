@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from scjax.metrics.perturbation_report import PerturbationTable
-from scjax.metrics.report import ARROWS, ResultTable, finite_or_none, losses, number, outcome
+from scjax.metrics.report import ARROWS, ResultTable, finite_or_none, losses, number, outcome, spread
 
 __all__ = ["comparisons", "render"]
 
@@ -34,33 +34,34 @@ def comparisons(table: ResultTable | PerturbationTable, model: str) -> list[dict
     found = []
     for metric in table.metrics:
         for other in table.of_kind("baseline") if ARROWS[metric.direction] else ():
-            ours, theirs, spread = _sides(table, table.row(model), other, metric.name)
+            ours, theirs, noise = _sides(table, table.row(model), other, metric)
             lost, (limit,) = (losses(metric.direction, side) for side in (ours, np.array([theirs])))
-            if spread is None:
-                spread = float(np.std(lost, ddof=1)) if len(lost) > 1 else 0.0
+            if noise is None:
+                noise = float(np.std(lost, ddof=1)) if len(lost) > 1 else 0.0
             found.append(
                 {
                     "metric": metric.name,
                     "baseline": other.name,
                     "model": finite_or_none(float(np.mean(ours))),
                     "by_seed": [finite_or_none(float(value)) for value in ours],
-                    "spread": finite_or_none(spread),
+                    "spread": finite_or_none(noise),
                     "value": finite_or_none(float(theirs)),
-                    "outcome": _outcome(float(np.mean(lost)), float(limit), spread),
+                    "outcome": _outcome(float(np.mean(lost)), float(limit), noise),
                 }
             )
     return found
 
 
-def _sides(table: Any, row: Any, other: Any, metric: str) -> tuple[np.ndarray, float, float | None]:
+def _sides(table: Any, row: Any, other: Any, metric: Any) -> tuple[np.ndarray, float, float | None]:
     """Values of the model by seed, of the baseline, and the spread where it is not that over seeds."""
+    name = metric.name
     if isinstance(table, ResultTable):
-        ours = np.array([c.scores[metric].mean for c in row.comparisons])
-        return ours, other.mean(metric), row.sd_draws(metric) if len(ours) == 1 else None
-    common = row.has_value(metric) & other.has_value(metric)
+        ours = np.array([c.scores[name].mean for c in row.comparisons])
+        return ours, other.mean(name), spread(row, metric)[0] if len(ours) == 1 else None
+    common = row.has_value(name) & other.has_value(name)
     if not common.any():
         return np.array([math.nan]), math.nan, None
-    ours, theirs = (r.by_population(metric)[:, common].mean(axis=1) for r in (row, other))
+    ours, theirs = (r.by_population(name)[:, common].mean(axis=1) for r in (row, other))
     return ours, float(theirs[0]), None
 
 

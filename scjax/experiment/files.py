@@ -398,14 +398,14 @@ def _asked(sides: Sequence[_Read], what: str) -> list[Any]:
     return [key for key in first.rows if not getattr(key, "is_control", False)]
 
 
-def _check_known(wanted: Sequence[Any], truth: _Read, sides: Sequence[_Read]) -> None:
+def _check_known(wanted: Sequence[Any], truth: _Read, sides: Sequence[_Read], *, of_split: bool) -> None:
     for key in wanted:
         if key not in truth.rows:
             near = "" if isinstance(key, float) else suggestion(_named(key), map(_named, truth.rows))
-            raise ValueError(
-                f"real has no cells of {_named(key)}, which is to be compared.{near} Leave it out of the predicted "
-                "cells, or give a split: its test part alone is compared."
-            )
+            mend = "Leave it out of the predicted cells, or give a split: its test part alone is compared."
+            if of_split:
+                mend = "The split holds it out: give the file that it was made for."
+            raise ValueError(f"real has no cells of {_named(key)}, which is to be compared.{near} {mend}")
         for side in sides:
             if key not in side.rows:
                 raise ValueError(
@@ -439,7 +439,7 @@ def _population_tables(
     else:
         test = [p for p in split.test if not p.is_control]
         train = [p for p in split.train if p in truth.rows]
-    _check_known(test, truth, sides)
+    _check_known(test, truth, sides, of_split=split is not None)
     rows = _of_training(truth, train)
     for context in sorted({p.context for p in test}):
         control = Population((), context)
@@ -519,7 +519,7 @@ def _series_tables(
         train = [t for t in truth.rows if t not in test or truth.marked is not None]
     else:
         test, train = sorted(split.held_out), [t for t in split.train if t in truth.rows]
-    _check_known(test, truth, sides)
+    _check_known(test, truth, sides, of_split=split is not None)
     rows = _of_training(truth, train)
     if both := [t for t in test if t in rows]:
         raise ValueError(f"time {both[0]:g} is predicted, but some of its cells are marked as training cells.")

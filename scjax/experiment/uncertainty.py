@@ -8,7 +8,7 @@ from scjax.check import listed, positive
 from scjax.data.spec import AnnData
 from scjax.metrics.conformal import calibrate, least_conditions
 from scjax.predict import Trained, predicting
-from scjax.predict.ensemble import observed_means, populations_of, predict_means
+from scjax.predict.ensemble import observed_means, observed_populations, populations_of, predict_means
 from scjax.predict.timeseries import TrainedTimeSeries
 from scjax.types import Population
 
@@ -67,22 +67,22 @@ def predict_intervals(
             "calibration must name populations that training did not see, and the split kept none for validation; "
             "train with one that does (split.validation_fraction and validate_every), or name some."
         )
-    for population in kept:
-        if population in split.train:
-            raise ValueError(f"calibration must not hold what training saw, whose errors are too small: {population}.")
     conditions = conditions if isinstance(conditions, str) else list(conditions)
     theirs = _calibrating(kept, options)
     predicting(members[0], adata, conditions, **options)  # errors before any cell is made, here and below
+    wanted, contexts = {members[0].spec.parse_condition(c) for c in conditions}, options.get("contexts")
+    for population in kept:
+        if population in split.train:
+            raise ValueError(f"calibration must not hold what training saw, whose errors are too small: {population}.")
+        if population.perturbation in wanted and (contexts is None or population.context in contexts):
+            raise ValueError(f"calibration and conditions must differ; {population} is in both.")
     try:
         predicting(members[0], adata, **theirs)
+        observed_populations(members, adata, kept)
     except ValueError as err:
-        err.add_note(f"While predicting the populations that calibrate the intervals: {listed(kept)}.")
+        err.add_note(f"While looking at the populations that calibrate the intervals: {listed(kept)}.")
         raise
     asked = predict_means(members, adata, conditions, **options)
-    wanted = set(populations_of(members, asked))
-    for population in kept:
-        if population in wanted:
-            raise ValueError(f"calibration and conditions must differ; {population} is in both.")
     made = predict_means(members, adata, **theirs)
     made = made[[p in set(kept) for p in populations_of(members, made)]].copy()
     observed = observed_means(members, adata, made)

@@ -71,7 +71,7 @@ ON_CELLS = (
     "the context's control cells, each moved by the predicted delta, zeros too and not clipped; their means say what "
     "the rule says, their tests call nearly every gene differentially expressed"
 )
-MOST_SCORE = 10  # a normalised score beyond it says how small the scale is, and no more of the model
+MOST_SCORE = 10  # in size; what a normalised score beyond it is, hangs on the last digit of its scale
 WIDTH = 118  # of a block of columns, in characters
 
 
@@ -330,7 +330,9 @@ def judge(table: PerturbationTable, model_row: str, metric: str, baseline_rows: 
     with np.errstate(invalid="ignore"):  # a ratio of 0 loses infinitely, and no difference is below NaN
         seeds = float(np.std(gains[best].mean(axis=1), ddof=1)) if len(gains[best]) > 1 else 0.0
     lost = (float(np.mean(_losses(chosen, r)[:, common])) for r in (row, table.row(best)))
-    found = outcome(*lost, spread=seeds, difference=interval(gains[best]))
+    found = "tie"
+    if number(ours) != number(theirs):
+        found = outcome(*lost, spread=seeds, difference=interval(gains[best]))
     unclear = abs(float(np.mean(gain))) < seeds
     spread = f"; the difference is smaller than the spread over seeds, {number(seeds)}" if unclear else ""
     tested = isinstance(chosen, ExpressionMetric) and "de" in chosen.needs
@@ -347,9 +349,8 @@ def _scale(score: float) -> str:
     if not math.isfinite(score):
         return "; that baseline is as good as real vs real already"
     if abs(score) > MOST_SCORE:
-        return (
-            f"; normalised score - (real vs real is too near to that baseline: below 1/{MOST_SCORE} of the difference)"
-        )
+        told = f"below -{MOST_SCORE}" if score < 0 else f"above {MOST_SCORE}"
+        return f"; normalised score {told} (0 that baseline, 1 real vs real)"
     return f"; normalised score {round(score, 2) + 0.0:.2f} (0 that baseline, 1 real vs real)"  # no -0.00
 
 

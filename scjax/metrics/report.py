@@ -41,6 +41,7 @@ __all__ = [
     "render",
     "render_aggregates",
     "result_table",
+    "spread",
     "to_json_dict",
     "verdict",
 ]
@@ -247,11 +248,11 @@ class Verdict(NamedTuple):
 def outcome(ours: float, theirs: float, *, spread: float = 0.0, difference: Interval | None = None) -> str:
     """Win, tie or lose, as a word: of two values of which the smaller is better.
 
-    It is a tie where the values are equal in the digits that are told, where they differ by less than `spread`, and
-    where the interval of their difference holds 0.
+    It is a tie where the values are equal but for rounding, where they differ by less than `spread`, and where the
+    interval of their difference holds 0.
     """
     unclear = difference is not None and difference.exists and not difference.clear_of_zero
-    if unclear or number(ours) == number(theirs) or abs(ours - theirs) < spread:
+    if unclear or math.isclose(ours, theirs, rel_tol=1e-4, abs_tol=1e-12) or abs(ours - theirs) < spread:
         return "tie"
     return "win" if ours < theirs else "lose"
 
@@ -283,19 +284,19 @@ def judge(table: ResultTable, model_row: str, metric: str, baseline_rows: Sequen
             f"{number(theirs)}.",
         )
     ours_lost, theirs_lost = map(float, losses(chosen.direction, np.array([ours, theirs])))
-    spread, over = _spread(row, chosen)
-    found = outcome(ours_lost, theirs_lost, spread=spread)
+    noise, over = spread(row, chosen)
+    found = outcome(ours_lost, theirs_lost, spread=noise) if number(ours) != number(theirs) else "tie"
     ratio = f", ratio {ours / theirs:.3f}" if theirs > 0 and chosen.direction != "1 is best" else ""
     what = "difference of |log|" if chosen.direction == "1 is best" else "difference"
-    unclear = f"; the {what} is smaller than the spread over {over}, {number(spread)}"
+    unclear = f"; the {what} is smaller than the spread over {over}, {number(noise)}"
     return Verdict(
         found,
         f"{metric}: {model_row} {WORDS[found]} the best training-free baseline, {best}: {number(ours)} against "
-        f"{number(theirs)}{ratio}{unclear if abs(ours_lost - theirs_lost) < spread else ''}.",
+        f"{number(theirs)}{ratio}{unclear if abs(ours_lost - theirs_lost) < noise else ''}.",
     )
 
 
-def _spread(row: Row, metric: Metric) -> tuple[float, str]:
+def spread(row: Row, metric: Metric) -> tuple[float, str]:
     """Standard deviation over the row's seeds, or over the draws of its only one; where 1 is best, of the logarithm."""
     over, values = "seeds", [c.scores[metric.name].mean for c in row.comparisons]
     if len(values) == 1:

@@ -339,7 +339,8 @@ def _log_ticks(low: float, high: float) -> list[float]:
     from matplotlib.ticker import MaxNLocator
 
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for step, of_decade in ((3, (1,)), (2, (1,)), (1, (1,)), (1, (1, 3)), (1, (1, 2, 5))):
+    widest = max(4, -(-len(powers) // 5))
+    for step, of_decade in ((widest, (1,)), (3, (1,)), (2, (1,)), (1, (1,)), (1, (1, 3)), (1, (1, 2, 5))):
         ticks = [n * 10.0**p for p in powers if p % step == 0 for n in of_decade if low <= n * 10.0**p <= high]
         if 3 <= len(ticks) <= 6:
             return ticks

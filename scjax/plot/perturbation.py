@@ -347,10 +347,16 @@ def metric_dots(
 
 
 def _is_beaten(values: Mapping[str, Any], ceiling: str, lower_is_better: bool) -> bool:
-    means = {name: np.asarray(each, np.float64) for name, each in values.items()}
-    means = {name: float(np.nanmean(each)) for name, each in means.items() if np.isfinite(each).any()}
-    sign = 1 if lower_is_better else -1
-    return ceiling in means and any(sign * mean < sign * means[ceiling] for mean in means.values())
+    """By any other, on the populations where both have a value."""
+    real = np.ravel(np.asarray(values[ceiling], np.float64))
+    for name, each in values.items():
+        each = np.ravel(np.asarray(each, np.float64))
+        both = np.isfinite(real) & np.isfinite(each) if each.shape == real.shape else np.zeros(0, bool)
+        if name != ceiling and both.any():
+            gain = each[both].mean() - real[both].mean()
+            if gain < 0 if lower_is_better else gain > 0:
+                return True
+    return False
 
 
 def noise_level(name: str) -> str:

@@ -22,7 +22,7 @@ from scjax.predict.cellsets import TrainedCellSets
 from scjax.predict.timeseries import TrainedTimeSeries
 from scjax.types import Params, Population
 
-__all__ = ["load_members", "observed_means", "populations_of", "predict_means", "stacked"]
+__all__ = ["load_members", "observed_means", "observed_populations", "populations_of", "predict_means", "stacked"]
 
 
 def load_members(runs: Sequence[str | Path]) -> tuple[Trained, ...]:
@@ -130,6 +130,18 @@ def populations_of(members: Sequence[Trained], means: AnnData) -> list[Populatio
     return [Population(parse(c), str(x)) for c, x in zip(means.obs["condition"], means.obs["context"], strict=True)]
 
 
+def observed_populations(
+    members: Sequence[Trained], adata: AnnData, populations: Sequence[Population]
+) -> dict[Population, Float[np.ndarray, "_cells genes"]]:
+    """Their cells of `adata`, in the space of `predict` and of all kept genes.
+
+    Raises:
+        ValueError: a population without cells in `adata`, bad values among them.
+    """
+    look: Any = of_cellsets.observed_cells if isinstance(members[0], TrainedCellSets) else observed_cells
+    return look(members[0], adata, populations)
+
+
 def observed_means(members: Sequence[Trained], adata: AnnData, means: AnnData) -> Float[np.ndarray, "rows genes"]:
     """The mean of the cells of `adata` in each row of `means`, in the same space; the truth, where it is known.
 
@@ -138,10 +150,9 @@ def observed_means(members: Sequence[Trained], adata: AnnData, means: AnnData) -
     """
     first: Any = members[0]  # a run of a time series is refused next
     populations = populations_of(members, means)
-    look: Any = of_cellsets.observed_cells if isinstance(first, TrainedCellSets) else observed_cells
     place = {name: i for i, name in enumerate(first.genes)}
     columns = [place[name] for name in means.var_names]
-    found = look(first, adata, populations)
+    found = observed_populations(members, adata, populations)
     return np.stack([found[p].mean(axis=0, dtype=np.float64)[columns] for p in populations])
 
 

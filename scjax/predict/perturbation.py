@@ -269,7 +269,7 @@ def _generating(
         embedding[population] = jnp.stack(parts)
         for some in stand_ins:
             replaced |= some
-    params, constants = meshes.everywhere((trained.params, trained.constants), mesh)
+    params, constants, of_genes = meshes.everywhere((trained.params, trained.constants, jnp.asarray(tokens)), mesh)
     weights = (1.0,)
     if generation.composition == "additive":
         weights = (*([1.0] * trained.n_slots), 1.0 - trained.n_slots)
@@ -285,20 +285,18 @@ def _generating(
         drawn = np.concatenate([drawn, rng.choice(len(x), n - len(drawn))])
         shown = (drawn + rng.integers(1, len(x), n)) % len(x) if starts_as_control else drawn
         key = jax.random.fold_in(jax.random.key(seed), number_of(population))
+        condition = meshes.everywhere(embedding[population], mesh)
         parts = []
         for i, start in enumerate(range(0, n, chunk)):
             part = slice(start, start + chunk)
             # A short chunk repeats its cells, and drops them.
             begin, controls = (x[np.resize(rows[part], chunk)][:, columns] for rows in (drawn, shown))
-            here, told, step_key = meshes.everywhere(
-                (embedding[population], jnp.asarray(tokens), jax.random.fold_in(key, i)), mesh
-            )
             cells = _sample(
                 params,
                 *meshes.spread((controls, begin if starts_as_control else None), mesh),
-                here,
-                told,
-                step_key,
+                condition,
+                of_genes,
+                meshes.everywhere(jax.random.fold_in(key, i), mesh),
                 constants,
                 config=trained.config,
                 solver=generation.solver,

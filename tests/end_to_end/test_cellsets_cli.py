@@ -39,7 +39,7 @@ def test_train(capsys):
     main(["train", "--resume", "--data", "cells.h5ad", "--out", "run"])
     told = capsys.readouterr().out
     assert told.startswith("scjax train PerturbDiff: settings go to run/experiment.json")
-    assert "predictions use the moving average of the parameters, 12% of which is still what training began" in told
+    assert "predictions use a moving average of the parameters, 12% of which is still what training began" in told
     assert "scjax evaluate --runs run --data cells.h5ad" in told
     assert "scjax predict --run run --data cells.h5ad --conditions A --out" in told
 

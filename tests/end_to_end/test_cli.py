@@ -12,17 +12,23 @@ from pathlib import Path
 
 import anndata
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
+import pandas as pd
 import pytest
+from scipy import sparse
 from tiny_series import EXPERIMENT, SIZES, damaged_copy, make_adata
 
 from scjax import __version__, presets
 from scjax.checkpoint import list_steps
-from scjax.cli import main
+from scjax.cli import _as_options, _share_of_start, main
 from scjax.config import from_json, to_dict, to_json
 from scjax.data.splits import HoldOutLast
 from scjax.experiment import TimeSeriesExperiment, read_experiment
 from scjax.predict import load
+from scjax.train.state import init_state
+from scjax.train.step import make_update
 
 
 @pytest.fixture(scope="module")
@@ -192,9 +198,9 @@ def test_show_what_was_predicted(run, tmp_path, capsys):
     told = capsys.readouterr().out
     assert f"made by scjax {__version__}, run {load(run).about['run']}, step 5: normalised expression in X" in told
     assert "\n  X: 0 to " in told
-    assert "log-normalised, by their size\n" in told
     assert "\n  layers velocity: -" in told
-    assert "of any sign: scaled, or a latent\n  obsm: X_latent, velocity_latent\n  uns: scjax\n" in told
+    assert "log-normalised, by" not in told  # the record says what it is
+    assert told.endswith("\n  obsm: X_latent, velocity_latent\n  uns: scjax\n")
 
 
 @pytest.mark.parametrize(
@@ -422,3 +428,80 @@ def test_tensorboard(run, tmp_path, capsys):
     assert len(list((out / "tensorboard").iterdir())) == 1
     main(["train", "--resume", "--data", "cells.h5ad", "--out", str(out), "--tensorboard"])
     assert list_steps(out / "checkpoints") == (5,)
+
+
+@pytest.mark.parametrize(
+    ("command", "message", "told"),
+    [
+        ("train", "n_warmup must be less than 20", "n_warmup is --optimizer.n-warmup"),
+        (
+            "train",
+            "expression: 'X' holds; set space='counts'",
+            "expression is --spec.expression, space=... is --spec.space",
+        ),
+        ("train", "workdir must be new", "workdir is --out"),
+        ("train", "n_steps must be at least 1; got 0", ""),  # of training, or of generation
+        ("train", "n_cells must be at least 1; got 0", ""),  # of sampling, or of generation
+        ("train", "sampling.n_cells=3 is odd", "sampling.n_cells=... is --sampling.n-cells"),
+        ("predict", "path names no file: 'x'", "path is --data"),
+        ("predict", "directory must hold checkpoints", "directory is --run"),
+        ("predict --ensemble runs/b", "directory must hold checkpoints", ""),
+        ("predict", "n_devices must be at most 1", "n_devices is --devices"),
+        ("evaluate --predicted a", "path names no file: 'x'", ""),  # which of its files it is, the message tells
+        ("evaluate --predicted a", "Clip them, or allow='negative'", "allow=... is --allow"),
+        ("evaluate --runs a", "set space='counts'", ""),  # of evaluations of files alone
+        ("show", "path names no file: 'x'", ""),
+    ],
+)
+def test_options_are_named_where_one_is_meant(command, message, told):
+    assert _as_options(message, command.split()) == ([f"In the command line: {told}."] if told else [])
+
+
+@pytest.mark.parametrize(
+    ("every", "start", "n_steps"), [(1, "initial", 7), (3, "initial", 7), (3, "initial", 6), (3, "first_step", 7)]
+)
+def test_share_of_the_start_is_what_the_steps_leave_of_it(every, start, n_steps):
+    """Parameters that are 1 where the average begins, and 0 after each later step."""
+    preset = presets.preset("perturbdiff/kang").experiment
+    experiment = replace(preset, ema_decay=0.9, ema_every=every, ema_start=start)
+
+    def loss(params, batch, key):  # whose step of size 1 goes to the batch
+        return 0.5 * jnp.sum((params["w"] - batch) ** 2), {}
+
+    update = jax.jit(make_update(loss, optax.sgd(1.0), 0.9, ema_every=every, ema_start=start))
+    state = init_state({"w": jnp.ones(1)}, optax.sgd(1.0), jax.random.key(0), ema=True)
+    for n in range(n_steps):
+        state, _ = update(state, jnp.full(1, float(start == "first_step" and n == 0)))
+    np.testing.assert_allclose(state.ema["w"], _share_of_start(experiment, n_steps), rtol=1e-5)
+
+
+def test_share_of_the_start_is_told_where_it_matters():
+    start = presets.preset("scdfm/norman_subset").experiment
+    assert _share_of_start(replace(start, ema_decay=0.99), 1000) == 0
+    assert _share_of_start(replace(start, ema_decay=None), 10) == 0
+
+
+def test_show_says_what_the_numbers_look_like(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    counts = rng.poisson(2.0, (2500, 3)).astype(np.float32)
+    obs = pd.DataFrame(index=[f"c{i}" for i in range(2500)])
+    made = anndata.AnnData(X=sparse.csr_matrix(counts), obs=obs)
+    made.layers["logged"] = np.log1p(counts)
+    made.layers["scaled"] = counts - 2
+    made.layers["zeros"] = np.zeros_like(counts)
+    made.layers["nan"] = np.where(counts > 3, np.nan, counts)
+    made.layers["yes"] = counts > 1
+    made.layers["large"] = counts * 100.5
+    made.write_h5ad(tmp_path / "cells.h5ad")
+    made.write_zarr(tmp_path / "cells.zarr")
+    for name in ("cells.h5ad", "cells.zarr"):
+        main(["show", str(tmp_path / name)])
+        told = dict(line.strip().split(": ", 1) for line in capsys.readouterr().out.splitlines()[1:])
+        first = counts[:2000]
+        assert told["X"] == f"0 to {first.max():g}, whole numbers: counts (the first 2000 cells)"
+        assert told["layers logged"].endswith(", log-normalised, by their size (the first 2000 cells)")
+        assert told["layers scaled"].endswith(", of any sign: scaled, or a latent (the first 2000 cells)")
+        assert told["layers zeros"] == "zeros"
+        assert told["layers nan"] == "holds values that are not finite"
+        assert told["layers yes"] == "0 to 1, 0 and 1 (the first 2000 cells)"
+        assert told["layers large"].endswith(", normalised, too large for logarithms (the first 2000 cells)")

@@ -152,11 +152,12 @@ def test_bad_calibration_is_named(members, adata, changes, message):
 
 
 def test_what_calibrates_and_cannot_be_predicted_is_told(members, adata):
-    """Of a perturbation that nobody asked for."""
-    unknown = [Population(("nothing",), LINES[0])]
-    with pytest.raises(ValueError, match="'nothing' is not known") as caught:
-        predict_intervals(members, adata, ["g1+z"], calibration=unknown)
-    assert caught.value.__notes__ == [f"While predicting the populations that calibrate the intervals: {unknown[0]}."]
+    """Of a perturbation that nobody asked for: unknown to the model, or known (a gene) and never observed."""
+    for name, message in (("nothing", "'nothing' is not known"), ("g9", "adata has no cells of g9")):
+        wrong = Population((name,), LINES[0])
+        with pytest.raises(ValueError, match=message) as caught:
+            predict_intervals(members, adata, ["g1+z"], calibration=[wrong])
+        assert caught.value.__notes__ == [f"While looking at the populations that calibrate the intervals: {wrong}."]
 
 
 def test_members_are_of_one_experiment(folders, tmp_path, perturbation_run):

@@ -136,6 +136,8 @@ TRAIN = ("train", "--config", "tiny.json", "--data", "cells.h5ad", "--out", "new
         ((*PREDICT, "--conditions", "g0", "--contexts", "C3"), "contexts must have control cells in adata; 'C3' has"),
         ((*PREDICT, "--conditions", "G0"), "'G0' is not known to the model: it was in no training population."),
         ((*PREDICT, "--conditions", "G0"), "on_unknown=... is --on-unknown"),
+        ((*PREDICT, "--conditions", "g0", "--chunk", "0"), "chunk must be at least 1; got 0"),
+        ((*PREDICT, "--conditions", "g0", "--devices", "999"), "n_devices must be at most"),
         ((*PREDICT, "--conditions", "g0", "--genes", "g77"), "'g77' is not among the"),
         ((*PREDICT, "--conditions", "g0", "--guidance", "2"), "guidance=2.0 needs a model that was trained with"),
         ((*PREDICT, "--conditions", "g0", "--solver", "eulr"), "--solver"),
@@ -160,6 +162,7 @@ def test_options_of_the_other_kind(tiny_run, capsys):
     predict = ("predict", "--run", tiny_run.workdir, "--data", "series.h5ad", "--out", "p.h5ad")
     assert "--conditions is not of this run" in refused(capsys, *predict, "--conditions", "g0")
     assert "--n-steps is not of this run" in refused(capsys, *predict, "--times", "1", "--n-steps", "3")
+    assert "--chunk is not of this run" in refused(capsys, *predict, "--times", "1", "--chunk", "3")
     evaluate = ("evaluate", "--runs", tiny_run.workdir, "--data", "series.h5ad", "--on-unknown", "mean")
     assert "--on-unknown is of runs on perturbations" in refused(capsys, *evaluate)
     mixed = ("evaluate", "--runs", tiny_run.workdir, "run", "--data", "series.h5ad")

@@ -125,7 +125,7 @@ def test_commands_on_logged_values_of_a_series(tmp_path, monkeypatch):
     assert (tmp_path / "logged_report" / "report.html").exists()
 
 
-def test_commands_on_counts_of_a_screen_with_other_names(tmp_path, monkeypatch):
+def test_commands_on_counts_of_a_screen_with_other_names(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     adata = datasets.norman2019()
     logged = adata.copy()
@@ -141,6 +141,8 @@ def test_commands_on_counts_of_a_screen_with_other_names(tmp_path, monkeypatch):
     cut = as_words(TINY_PERTURBATION)
     with pytest.raises(SystemExit):
         main([*train[1:i], *train[train.index("--set") :], *cut, "--out", "refused"])
+    assert "space='counts'" in capsys.readouterr().err
+    assert not Path("refused").exists()
     run_here(commands, cut)
     made = anndata.read_h5ad("guides_predicted.h5ad")
     assert set(made.obs) == {"condition", "context", "source_cell", "seed"}

@@ -267,7 +267,7 @@ def test_one_is_best(ours, wins):
 def test_no_normalised_score_where_the_scale_is_tiny():
     """The score is there for who asks for it; the line says why it tells nothing."""
     base = row("b", "baseline", [2.0, 2.0])
-    for real, told in ((1.0, "normalised score -8.00 (0 that"), (1.5, "normalised score - (real vs real is too near")):
+    for real, told in ((1.0, "normalised score -8.00 (0 that"), (1.5, "normalised score below -10 (0 that")):
         made = by_hand(row("m", "model", [10.0, 10.0]), base, row("r", "floor", [real, real]))
         assert told in verdict(made, "m", "l2")
     assert normalised_score(made, "m", "b", "l2") == -16
