@@ -321,13 +321,14 @@ def _is_nearer(metric: Any, row: Any, floor: Any) -> bool:
     """Whether a row is better than real against real, on the populations of both."""
     if metric.direction == "no direction":
         return False
-    values = [one.mean(metric.name) for one in (row, floor)]
-    if not hasattr(row, "comparisons"):
-        common = row.has_value(metric.name) & floor.has_value(metric.name)
-        values = (
-            [float(one.by_population(metric.name)[:, common].mean()) for one in (row, floor)] if common.any() else []
-        )
-    return bool(values) and _order(metric, values[0]) < _order(metric, values[1])
+    name = metric.name
+    if hasattr(row, "comparisons"):  # of one time
+        return _order(metric, row.mean(name)) < _order(metric, floor.mean(name))
+    common = row.has_value(name) & floor.has_value(name)
+    if not common.any():
+        return False
+    ours, real = (_order(metric, float(one.by_population(name)[:, common].mean())) for one in (row, floor))
+    return ours < real
 
 
 def _order(metric: Any, value: float) -> tuple[bool, float]:
