@@ -829,7 +829,7 @@ def _spelled(arguments: list[str]) -> dict[str, str]:
                     found.setdefault(field.name, set()).add(f"--{name}.{field.name}")
     of_spec = {field.name: f"--spec.{field.name}" for field in dataclasses.fields(DataSpec)}  # what data are checked by
     clear = {name: min(options) for name, options in found.items() if len(options) == 1}
-    return {name: f"--{name}" for name in own} | clear | of_spec | renamed | {"workdir": "--out"}
+    return clear | {name: f"--{name}" for name in own} | of_spec | renamed | {"workdir": "--out"}
 
 
 def _parse_train(arguments: list[str]) -> Train:

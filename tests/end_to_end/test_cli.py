@@ -440,6 +440,7 @@ def test_tensorboard(run, tmp_path, capsys):
             "expression is --spec.expression, space=... is --spec.space",
         ),
         ("train", "workdir must be new", "workdir is --out"),
+        ("train", "pass step=10", "step=... is --step"),
         ("train", "n_steps must be at least 1; got 0", ""),  # of training, or of generation
         ("train", "n_cells must be at least 1; got 0", ""),  # of sampling, or of generation
         ("train", "sampling.n_cells=3 is odd", "sampling.n_cells=... is --sampling.n-cells"),

@@ -384,7 +384,7 @@ def test_commands_of_the_readme(monkeypatch, capsys, tmp_path):
     make_series([0.0, 1.0, 2.0]).write_h5ad("series.h5ad")
     make_series([1.0], seed=1).write_h5ad("forecast.h5ad")
     guide = (Path(__file__).parents[2] / "GUIDE.md").read_text()
-    (block,) = (b for b in re.findall(r"^```\n(.*?)^```", guide, flags=re.M | re.S) if "--predicted" in b)
+    (block,) = (b for b in re.findall(r"^```\n(.*?)^```", guide, flags=re.M | re.S) if "theirs=" in b)
     first, second = (shlex.split(line) for line in block.replace("\\\n", " ").splitlines())
     for words, folder in ((first, "report"), (second, "times")):
         main([*words[1:], "--n-draws", "1"])
