@@ -99,8 +99,7 @@ def test_damaged_files(written, tmp_path, n):
         raise ValueError("no harm")
 
     fuzz(n, damages(), attempt)
-    print("NFOUND", n_found)
-    assert n_found >= n // 40  # most bytes are of parts that nobody reads
+    assert n_found >= n // 8  # most bytes are of parts that nobody reads
 
 
 def rewrite(step, *, manifest=None, about=None, seal=True):
