@@ -38,9 +38,14 @@ def or_absent(model: str, kind: str, found: list[str]) -> list[Any]:
     The recordings lie beside the checkout and are no part of it: elsewhere there is nothing to compare with, and a
     folder may hold some kinds only. A file that no test knows is the business of the kind "unknown".
     """
-    why = absence(model) or f"the recordings hold no file of the kind {kind}*"
-    # Of an empty list pytest says nothing that helps; this one case says what is not compared, and why.
-    return found or [pytest.param(None, marks=pytest.mark.skip(reason=why), id="none")]
+    return found or [told_absent(absence(model) or f"the recordings hold no file of the kind {kind}*")]
+
+
+def told_absent(why: str, n_arguments: int = 1) -> Any:
+    """The one case of a test whose cases are recordings that are not there: of an empty list pytest says nothing that
+    helps, this case says what is not compared, and why.
+    """
+    return pytest.param(*[None] * n_arguments, marks=pytest.mark.skip(reason=why), id="none")
 
 
 def require(model: str) -> None:
