@@ -18,6 +18,7 @@ Reference: "PerturbDiff: functional diffusion for single-cell perturbation model
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import islice
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
@@ -33,6 +34,7 @@ from scjax.kernels import median_bandwidths, squared_distances
 from scjax.losses import energy_distance, mmd2
 from scjax.nn.adaln import modulate
 from scjax.nn.attention import attend, attend_to_all, merge_heads, split_heads
+from scjax.nn.layers import init_alike
 from scjax.nn.linear import Linear
 from scjax.nn.time import sinusoids
 from scjax.processes.diffusion import (
@@ -548,20 +550,23 @@ def init(key: PRNGKeyArray, config: Config) -> Params:
     keys = iter(jax.random.split(key, config.n_layers + 5))
 
     def of(name: str, *args: Any, method: Callable | None = None) -> Params:
-        made: Any = _module(name, config).init(next(keys), *args, method=method)
-        return made["params"]
+        return _init(name, config, next(keys), *args, method=method)
 
-    return {
+    def whole_layer(layer: Layer) -> Array:
+        return layer(tokens, tokens, layer.of_condition(tokens), None)[0]
+
+    params = {
         "time": of("time", ids),
         "covariates": of("covariates", dict.fromkeys(roles(config), ids), constants),
         "condition": of("condition", jnp.zeros((1, config.width_of_covariates))),
         "inputs": of("inputs", cells, None, method=Inputs.of_state),
-        **{
-            f"layer_{i}": of(f"layer_{i}", method=lambda m: m(tokens, tokens, m.of_condition(tokens), None))
-            for i in range(config.n_layers)
-        },
-        "head": of("head", method=lambda m: m(tokens, m.of_condition(tokens))),
     }
+    last = f"layer_{config.n_layers - 1}"  # unlike the others
+    layers = init_alike(partial(_init, "layer_0", config, method=whole_layer), list(islice(keys, config.n_layers - 1)))
+    params |= {f"layer_{i}": layer for i, layer in enumerate(layers)}
+    params[last] = of(last, method=whole_layer)
+    params["head"] = of("head", method=lambda m: m(tokens, m.of_condition(tokens)))
+    return params
 
 
 def covariate_embedding(
@@ -938,6 +943,11 @@ def _module(name: str, config: Config) -> nn.Module:
     if name.startswith("layer_"):
         return Layer(config, name == f"layer_{config.n_layers - 1}")
     return _MODULES[name](config)
+
+
+def _init(name: str, config: Config, key: PRNGKeyArray, *args: Any, method: Callable | None = None) -> Params:
+    made: Any = _module(name, config).init(key, *args, method=method)
+    return made["params"]
 
 
 def _apply(params: Params, name: str, config: Config, *args: Any, method: str | None = None) -> Any:

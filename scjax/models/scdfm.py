@@ -18,6 +18,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
@@ -34,6 +35,7 @@ from scjax.nn.adaln import modulate
 from scjax.nn.attention import attend, attend_to_all, differential_attend, merge_heads, split_heads
 from scjax.nn.blockwise import RESIDUALS
 from scjax.nn.dropout import drop
+from scjax.nn.layers import init_alike
 from scjax.nn.time import sinusoids
 from scjax.processes.flow import Solver, endpoint, integrate, poisson_start, straight_path
 from scjax.types import Metrics, Model, Params, Scalar
@@ -605,8 +607,7 @@ def init(key: PRNGKeyArray, config: Config) -> Params:
     keys = iter(jax.random.split(key, config.n_layers + 9))
 
     def of(name: str, *args: Any, method: Callable | str | None = None) -> Params:
-        made: Any = _module(name, config).init(next(keys), *args, method=method)
-        return made["params"]
+        return _init(name, config, next(keys), *args, method=method)
 
     def whole_layer(layer: Layer) -> Array:
         hoisted = Hoisted(layer.of_genes(tokens), layer.of_perturbation(vector), layer.of_control(tokens))
@@ -619,8 +620,10 @@ def init(key: PRNGKeyArray, config: Config) -> Params:
         "value_control": of("value_control", jnp.zeros(2), None),
         "fusion": of("fusion", method=lambda m: m(tokens, m.of_control(tokens))),
         "velocity_head": of("velocity_head", method=lambda m: m(tokens, m.of_perturbation(vector))),
-        **{f"layer_{i}": of(f"layer_{i}", method=whole_layer) for i in range(config.n_layers)},
     }
+    one_layer = partial(_init, "layer_0", config, method=whole_layer)
+    layers = init_alike(one_layer, list(islice(keys, config.n_layers)))
+    params |= {f"layer_{i}": layer for i, layer in enumerate(layers)}
     if config.perturbation != "gene":
         vectors = None if config.perturbation == "table" else jnp.zeros((1, config.n_vector))
         params["perturbations"] = of("perturbations", ids[:1], vectors, method="of_ids")
@@ -635,7 +638,7 @@ def init(key: PRNGKeyArray, config: Config) -> Params:
 def add_perturbation_head(key: PRNGKeyArray, params: Params, config: Config) -> Params:
     """The parameters of a trained velocity, with those that objective="perturbation" trains beside them."""
     key_head, key_mask = jax.random.split(key)
-    head = _module("perturbation_head", config).init(key_head, jnp.zeros((2, config.d_model)))["params"]
+    head = _init("perturbation_head", config, key_head, jnp.zeros((2, config.d_model)))
     mask = params.get("mask", jax.random.normal(key_mask, (config.d_model,)))
     return {**params, "perturbation_head": head, "mask": mask}
 
@@ -981,6 +984,11 @@ def _module(name: str, config: Config) -> nn.Module:
     if name.startswith("layer_"):
         return Layer(config, int(name.removeprefix("layer_")))
     return _MODULES[name](config)
+
+
+def _init(name: str, config: Config, key: PRNGKeyArray, *args: Any, method: Callable | str | None = None) -> Params:
+    made: Any = _module(name, config).init(key, *args, method=method)
+    return made["params"]
 
 
 def _apply(params: Params, name: str, config: Config, *args: Any, method: str | None = None) -> Any:

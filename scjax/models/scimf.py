@@ -449,7 +449,7 @@ def loss(
     (`lax.map`): no more than one cells x cells cost matrix is held, and none where it would be large (`losses`).
 
     Args:
-        mesh: spreads the simulated cells over devices, see `drift`; transport is solved by each of them.
+        mesh: spreads the simulated cells over devices, see `drift`; in transport each has the costs of its own cells.
 
     Returns:
         The scalar, and its unweighted terms "sinkhorn" and "kinetic_energy"; with the converged divergence also
