@@ -398,7 +398,7 @@ def _cut_rows(x: Float[Array, "n dims"]) -> Float[Array, "blocks rows dims"]:
     return jnp.swapaxes(filled.reshape(-1, n_blocks, x.shape[1]), 0, 1)
 
 
-def _joined_rows(blocks: Float[Array, "blocks rows *dims"], n: int) -> Float[Array, "n *dims"]:
+def _joined_rows(blocks: Float[Array, "blocks rows ..."], n: int) -> Float[Array, "n ..."]:
     """What `_cut_rows` cut, of n cells."""
     rows = jnp.swapaxes(blocks, 0, 1)
     return rows.reshape(-1, *rows.shape[2:])[:n]
