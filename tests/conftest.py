@@ -1,11 +1,14 @@
-"""Settings of the whole suite: a persistent compile cache, strict shapes, and where the recorded numbers lie."""
+"""Settings of the whole suite: how programs are compiled and kept, strict shapes, where the recorded numbers lie."""
 
 import gc
 import os
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+# Of several workers each has a cache of its own: JAX does not write an entry at one stroke.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax" / os.environ.get("PYTEST_XDIST_WORKER", "alone"))
+)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -14,6 +17,24 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+_QUICKLY = "JAX_DISABLE_MOST_OPTIMIZATIONS"
+_AS_ASKED = os.environ.get(_QUICKLY)  # "0" compiles everything as users do
+# What compares numbers with others' is compiled as it is for users; so is what runs longer than it compiles.
+_OPTIMISED = ("tests/parity", "tests/metrics", "tests/processes", "notebooks")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Most tests compile tiny programs for longer than they run them: LLVM's optimisations would double that.
+
+    XLA's own passes are the same. Programs that a test starts inherit its setting.
+    """
+    place = item.path.relative_to(ROOT).as_posix()
+    optimised = place.startswith(_OPTIMISED) or item.get_closest_marker("optimised") is not None
+    os.environ[_QUICKLY] = _AS_ASKED or str(int(not optimised))
+    jax.config.update("jax_disable_most_optimizations", os.environ[_QUICKLY] != "0")
 
 
 _MAPPINGS_OF_FILES, _MAPPINGS_OF_TESTS = 5_000, 40_000  # of memory; Linux allows a process 65,530

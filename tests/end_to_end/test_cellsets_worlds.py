@@ -25,6 +25,8 @@ from scjax.processes.diffusion import diffuse, make_schedule, respaced, set_nois
 from scjax.train.optimizers import OptimizerConfig
 from scjax.types import Population
 
+pytestmark = pytest.mark.optimised  # hundreds of steps
+
 STIMULATED = Population(("stimulated",), "")
 MODEL = perturbdiff.Config(
     d_model=32,

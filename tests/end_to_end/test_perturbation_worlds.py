@@ -25,6 +25,8 @@ from scjax.predict.perturbation import generate, read_sources
 from scjax.train.optimizers import OptimizerConfig
 from scjax.types import Population
 
+pytestmark = pytest.mark.optimised  # hundreds of steps
+
 SPEC = DataSpec(space="lognormalised", perturbation="perturbation")
 TINY = scdfm.Config(d_model=32, n_layers=1, n_heads=2, graph_heads=2, dropout=0.0, gamma=0.0)
 EXPERIMENT = PerturbationExperiment(

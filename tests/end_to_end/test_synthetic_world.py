@@ -27,6 +27,8 @@ from scjax.train.optimizers import OptimizerConfig, make_optimizer
 from scjax.train.state import init_state
 from scjax.train.step import make_update
 
+pytestmark = pytest.mark.optimised  # hundreds of steps
+
 SEEDS = (0, 1, 2)
 HELD_OUT = (1.5, 3.0)
 N_STEPS, CHUNK = 300, 50
