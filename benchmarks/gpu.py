@@ -9,7 +9,7 @@ No GPU figures have been recorded with it yet: it was written, and is tested (`-
 Training steps: PerturbDiff with 8 sets of 256 cells, 2000 genes, width 512, 8 layers; scDFM with 48 cells, 1000 of 5029
 genes, width 512; scIMF with 512 cells, 8 times, 512 targets each. Sampling: the same networks, 8 sets, 48 cells, 2000
 cells. Attention, forwards and back: the cells of scIMF (512, 8192, 16384, nobody attends to itself), the genes of
-scDFM, the joint tokens of PerturbDiff's sets.
+scDFM, the joint tokens of PerturbDiff's sets; of scjax also blockwise and by cuDNN, in bfloat16.
 
 scjax runs in float32 (products in full float32, not TF32) and in bfloat16 (`compute_dtype`); the peers of `peers/` as
 published (float32) and with their networks under `torch.compile` and bfloat16 autocast, the losses in float32. Beside
@@ -74,7 +74,7 @@ TINY = SimpleNamespace(
 JOBS = {"scimf": scimf, "scdfm": scdfm, "perturbdiff": perturbdiff}
 LIBRARIES = ("scjax", "peer")
 # In the order in which they are run, with the most seconds that one library may take: what is asked first comes first.
-PARTS = {"ceilings": 25, "perturbdiff": 75, "scdfm": 80, "scimf": 50, "attention": 25}
+PARTS = {"ceilings": 25, "perturbdiff": 75, "scdfm": 80, "scimf": 50, "attention": 45}
 BUDGET_S = 440.0  # a part may be half a minute late
 DTYPES = ("float32", "bfloat16")
 MODES = ("float32", "compiled_bfloat16")  # of the peers
@@ -120,14 +120,23 @@ def jax_copy(n: int) -> Job:
     return Job(lambda: jax.block_until_ready(copy(a)), compile_s=compile_s, settings={"bytes": 8.0 * n})
 
 
-def jax_attention(name: str, shape: tuple[int, ...], dtype: str) -> Job:
-    """Value and gradients of all three arguments; cells of scIMF do not attend to themselves."""
+def jax_attention(name: str, shape: tuple[int, ...], dtype: str, way: str | None = None) -> Job:
+    """Value and gradients of all three arguments; cells of scIMF do not attend to themselves.
+
+    `way`: "blockwise" or "cudnn"; None holds all pairs of cells, and of genes and sets takes what the models take.
+    """
     import jax
     import jax.numpy as jnp
 
     from scjax.nn.attention import attend, attend_to_all
+    from scjax.nn.blockwise import attend_blockwise
 
-    one = partial(attend, exclude_self=True) if name.startswith("cells") else attend_to_all
+    if not name.startswith("cells"):
+        one = partial(attend_to_all, implementation=way)
+    elif way == "blockwise":
+        one = lambda q, k, v: attend_blockwise(q, k, v, excluded=jnp.arange(q.shape[1]))[0]  # noqa: E731
+    else:
+        one = partial(attend, exclude_self=True)
 
     def total(q, k, v):
         return jnp.sum(jax.vmap(one)(q, k, v).astype(jnp.float32))
@@ -580,11 +589,29 @@ def pieces_of(library: str, part: str, sizes: Any) -> list[Piece]:
             Piece(f"{name}_{dtype}", partial(side.attention, name, shape, dtype), {"dtype": dtype})
             for name, shape in sizes.attention.items()
             for dtype in DTYPES
-        ]
+        ] + (_other_ways(sizes) if library == "scjax" else [])
     return [
         Piece(f"{what}_{mode}", partial(build, mode, sizes), {side.mode: mode})
         for what, build in zip(("train", "sample"), side.systems[part], strict=True)
         for mode in side.modes
+    ]
+
+
+def _other_ways(sizes: Any) -> list[Piece]:
+    """Attention in bfloat16 as it could be computed beside what is the default."""
+    import jax
+
+    has_cudnn = jax.default_backend() == "gpu"
+    ways = [
+        (name, shape, way)
+        for name, shape in sizes.attention.items()
+        # cuDNN has no way to leave out oneself
+        for way in (("blockwise", "cudnn") if has_cudnn and not name.startswith("cells") else ("blockwise",))
+    ]
+    dtype = "bfloat16"
+    return [
+        Piece(f"{name}_{dtype}_{way}", partial(jax_attention, name, shape, dtype, way), {"dtype": dtype, "way": way})
+        for name, shape, way in ways
     ]
 
 

@@ -19,7 +19,7 @@ __all__ = [
     "unnormalised_weights",
 ]
 
-IMPLEMENTATIONS = ("blockwise", "dot_product")
+IMPLEMENTATIONS = ("blockwise", "dot_product", "cudnn")
 
 
 def split_heads(x: Float[Array, "n features"], n_heads: int) -> Float[Array, "heads n head_features"]:
@@ -99,15 +99,21 @@ def attend_to_all(
     *,
     implementation: str | None = None,
 ) -> Float[Array, "heads n d"]:
-    """`attend` to large sets: the same values without anybody excluded or dropped, and no n x m array is kept.
+    """`attend` to large sets: the same values without anybody excluded or dropped.
 
     Args:
-        implementation: "blockwise" (`scjax.nn.blockwise`), "dot_product" (`jax.nn.dot_product_attention`), or None
-            for the faster one on the default backend: blockwise on a CPU, the other on accelerators.
+        implementation: "blockwise" (`scjax.nn.blockwise`), of which no n x m array is kept; "dot_product"
+            (`jax.nn.dot_product_attention` as XLA compiles it), which keeps one; "cudnn" (the same function by cuDNN's
+            fused kernel), for bfloat16 or float16 on NVIDIA GPUs, which keeps none; or None: blockwise on a CPU,
+            "dot_product" on accelerators. `benchmarks/gpu.py` measures all of them there.
+
+    Raises:
+        ValueError: "cudnn" on another backend, or for arguments of another dtype.
     """
-    if _implementation(implementation) == "dot_product":
-        return _dot_product(q, k, v)
-    return mix_blockwise((q,), (k,), v, (jnp.ones((), v.dtype),))
+    implementation = _implementation(implementation, v)
+    if implementation == "blockwise":
+        return mix_blockwise((q,), (k,), v, (jnp.ones((), v.dtype),))
+    return _dot_product(q, k, v, implementation)
 
 
 def differential_attend(
@@ -126,18 +132,27 @@ def differential_attend(
 
     Reference: Ye et al., Differential Transformer, ICLR 2025, eq. 1.
     """
-    if _implementation(implementation) == "dot_product":
-        return _dot_product(q1, k1, v) - lam.astype(v.dtype) * _dot_product(q2, k2, v)
-    return mix_blockwise((q1, q2), (k1, k2), v, (jnp.ones_like(lam), -lam))
+    implementation = _implementation(implementation, v)
+    if implementation == "blockwise":
+        return mix_blockwise((q1, q2), (k1, k2), v, (jnp.ones_like(lam), -lam))
+    some, others = _dot_product(q1, k1, v, implementation), _dot_product(q2, k2, v, implementation)
+    return some - lam.astype(v.dtype) * others
 
 
-def _implementation(asked: str | None) -> str:
+def _implementation(asked: str | None, v: Float[Array, "heads m d"]) -> str:
+    backend = jax.default_backend()
     if asked is None:
-        return "blockwise" if jax.default_backend() == "cpu" else "dot_product"
+        return "blockwise" if backend == "cpu" else "dot_product"
     check.one_of("implementation", asked, IMPLEMENTATIONS)
+    if asked == "cudnn" and (backend != "gpu" or v.dtype not in (jnp.bfloat16, jnp.float16)):
+        raise ValueError(
+            f"implementation='cudnn' is for bfloat16 or float16 on an NVIDIA GPU; got {v.dtype} on the backend "
+            f"{backend!r}. Take None."
+        )
     return asked
 
 
-def _dot_product(q, k, v):
+def _dot_product(q, k, v, implementation):
     q, k, v = (jnp.swapaxes(x, 0, 1) for x in (q, k, v))
-    return jnp.swapaxes(jax.nn.dot_product_attention(q, k, v), 0, 1)
+    by = {"dot_product": "xla", "cudnn": "cudnn"}[implementation]
+    return jnp.swapaxes(jax.nn.dot_product_attention(q, k, v, implementation=by), 0, 1)

@@ -66,7 +66,8 @@ def test_every_part_runs(tmp_path):
         assert f"{system}: peer train_compiled_bfloat16 / scjax train_float32" in record["ratios"]
         assert set(record["shares"][f"{system}/scjax/train_float32"]) == {"flops"}
     of_attention = [p for p in record["pieces"] if p["part"] == "attention"]
-    assert len(of_attention) == 8
+    assert len(of_attention) == 10
+    assert {p["settings"]["way"] for p in of_attention if p["piece"].endswith("blockwise")} == {"blockwise"}
     assert all(
         set(record["shares"][f"attention/{p['library']}/{p['piece']}"]) == {"flops", "bytes"} for p in of_attention
     )

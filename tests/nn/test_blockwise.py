@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from scjax.nn import attention, blockwise
+from scjax.nn import blockwise
 from scjax.nn.attention import attend, attend_to_all, differential_attend
 from scjax.nn.blockwise import mix_blockwise
 
@@ -62,7 +62,7 @@ def test_values_and_gradients_are_those_of_the_softmax(n, m, block, x64):
     assert_same(value_and_grads(blocks_of(block), args), value_and_grads(differentially, args), rtol=1e-12)
 
 
-@pytest.mark.parametrize("implementation", attention.IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ["blockwise", "dot_product"])
 def test_single_precision(implementation):
     args = inputs(200)
     ours = functools.partial(differential_attend, implementation=implementation)
@@ -156,8 +156,31 @@ def test_the_backend_decides_unless_asked(monkeypatch):
     assert program("gpu") == program("tpu") == program("cpu", "dot_product")
 
 
-def test_nonsense_is_refused():
+def test_cudnn_is_asked_for_the_same(monkeypatch):
+    """What this machine cannot run: the function is called with the arguments that XLA's way gets, and this is told."""
+    called = []
+
+    def recorded(q, k, v, *, implementation, of=jax.nn.dot_product_attention):
+        called.append(implementation)
+        return of(q, k, v, implementation="xla")
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax.nn, "dot_product_attention", recorded)
+    half = tuple(x.astype(jnp.bfloat16) for x in inputs(20))
+    for f, args, calls in ((attend_to_all, half[2:5], 1), (differential_attend, half, 2)):
+        by_cudnn, by_xla = f(*args, implementation="cudnn"), f(*args)
+        np.testing.assert_array_equal(by_cudnn.astype(jnp.float32), by_xla.astype(jnp.float32))
+        assert called == ["cudnn"] * calls + ["xla"] * calls
+        called.clear()
+
+
+def test_nonsense_is_refused(monkeypatch):
     q, k, v = inputs(5)[:3]
+    with pytest.raises(ValueError, match="'cudnn' is for bfloat16 .* GPU; got float32 on the backend 'cpu'. Take None"):
+        attend_to_all(q, k, v, implementation="cudnn")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with pytest.raises(ValueError, match="got float32 on the backend 'gpu'"):
+        attend_to_all(q, k, v, implementation="cudnn")
     with pytest.raises(ValueError, match="implementation must be one of .*'blockwis'.*Did you mean 'blockwise'"):
         attend_to_all(q, k, v, implementation="blockwis")
     with pytest.raises(ValueError, match="block must be at least 1; got 0"):
