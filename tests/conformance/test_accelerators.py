@@ -184,3 +184,15 @@ def test_the_search_finds_what_it_looks_for():
     (n,) = jax.export.symbolic_shape("n")
     exported = jax.export.export(jax.jit(reaches_out), platforms=["tpu"])(jax.ShapeDtypeStruct((n,), jnp.float32))
     assert DYNAMIC.findall(exported.mlir_module())
+
+
+@pytest.mark.parametrize("name", ["scdfm", "perturbdiff"])
+def test_more_layers_are_no_more_draws(name):
+    """Of the first parameters, in the compiled program: a draw compiles for longer than it runs."""
+
+    def n_draws(n_layers):
+        row = MODELS[name]
+        init = functools.partial(row.module.init, config=replace(row.config, n_layers=n_layers))
+        return str(jax.make_jaxpr(init)(jax.random.key(0))).count("random_bits")
+
+    assert n_draws(6) == n_draws(3) > 0

@@ -1,4 +1,4 @@
-"""Dropout as a function of a key, waves of a time, and the change a condition makes."""
+"""Dropout as a function of a key, waves of a time, the change a condition makes, first parameters of many layers."""
 
 import math
 
@@ -10,6 +10,7 @@ import pytest
 from scjax.nn.adaln import modulate
 from scjax.nn.attention import attend
 from scjax.nn.dropout import drop, keep_mask
+from scjax.nn.layers import init_alike
 from scjax.nn.time import sinusoids
 
 N = 40_000
@@ -103,3 +104,21 @@ def test_modulation():
     np.testing.assert_array_equal(modulate(x, nothing, nothing), x)
     shift, scale = jnp.array([[1.0, 2.0, 3.0]]), jnp.array([[-1.0, 0.0, 1.0]])
     np.testing.assert_allclose(modulate(x, shift, scale), np.asarray(x) * [0, 1, 2] + [1, 2, 3], rtol=1e-6)
+
+
+def test_layers_alike_are_drawn_together():
+    """Each as from its key alone, to the last bit; a program of five layers has the draws of one of two."""
+
+    def init(key):
+        return {"kernel": jax.random.truncated_normal(key, -2, 2, (3, 2)), "bias": jnp.zeros(2)}
+
+    def n_draws(n_layers):
+        keys = list(jax.random.split(jax.random.key(0), n_layers))
+        return str(jax.make_jaxpr(lambda: init_alike(init, keys))()).count("random_bits")
+
+    keys = list(jax.random.split(jax.random.key(0), 5))
+    for one, alone in zip(init_alike(init, keys), map(init, keys), strict=True):
+        assert jax.tree.map(np.shape, one) == jax.tree.map(np.shape, alone)
+        jax.tree.map(np.testing.assert_array_equal, one, alone)
+    assert n_draws(5) == n_draws(2) > 0
+    assert init_alike(init, []) == []
