@@ -45,7 +45,16 @@ from scjax import hosts
 from scjax.check import at_least, suggestion
 from scjax.mesh import put
 
-__all__ = ["Checkpoint", "CheckpointWriter", "list_steps", "provenance", "read", "read_about", "sole_writer"]
+__all__ = [
+    "Checkpoint",
+    "CheckpointWriter",
+    "list_steps",
+    "provenance",
+    "read",
+    "read_about",
+    "sole_writer",
+    "understanding",
+]
 
 _FORMAT = 1
 _DEEPEST = 100  # words in the path of a leaf
@@ -312,6 +321,21 @@ def read_about(directory: str | Path, step: int | None = None) -> dict[str, Any]
         return _documents(directory / str(step))[1]
     except _DamagedError as err:
         raise ValueError(f"{err} {_alternative(directory, step)}") from err
+
+
+@contextmanager
+def understanding(directory: str | Path) -> Iterator[None]:
+    """What a checkpoint of `directory` says is taken up; what it lacks, or has in another form, is a ValueError.
+
+    The digest tells of accidents alone: another version, or a hand, may have sealed another document.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError) as err:
+        raise ValueError(
+            f"the checkpoint in {directory} does not hold what this version of scjax expects of it "
+            f"({_first_line(err)}). Read it with the version that wrote it (`scjax show`), or train again."
+        ) from err
 
 
 def provenance() -> dict[str, Any]:

@@ -124,7 +124,43 @@ def load(folder: str | Path, step: int | None = None, *, weights: WhichParams | 
     """
     folder = Path(folder)
     directory = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
-    found = checkpoint.read(directory, step)
+    with checkpoint.understanding(directory):
+        return _understood(checkpoint.read(directory, step), folder, weights)
+
+
+def told(folder: str | Path) -> str:
+    """What a converted checkpoint holds, in lines.
+
+    Raises:
+        ValueError: as for `load`; the weights were trained here.
+    """
+    loaded = load(folder)
+    if "converted" not in loaded.about:
+        raise ValueError(f"{folder} holds weights that were trained, not converted; `scjax show` tells of them.")
+    weights, about = loaded.weights, loaded.about["converted"]
+    system = SYSTEMS[weights.system]
+    count = sum(leaf.size for leaf in jax.tree.leaves(weights.params))
+    assumed = ", ".join(f"{name}={value}" for name, value in weights.assumed.items())
+    names = ", ".join(f"{len(some)} of {role}" for role, some in loaded.names.items())
+    return "\n".join(
+        [
+            f"{folder}: {system.title}, converted, run {loaded.about['run']}, {count} parameters",
+            f"  from {about['source']}, sha256 {about['sha256']}",
+            f"  genes: {len(loaded.genes) or 'not told'}; names: {names or 'not told'}",
+            *([f"  taken from the published settings, as tensors do not tell them: {assumed}"] if assumed else []),
+            *(["  if the weights were trained with others, convert again: --set NAME=VALUE"] if assumed else []),
+            *_uses(loaded),
+        ]
+    )
+
+
+def digest(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, as `sha256sum` prints it."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _understood(found: checkpoint.Checkpoint, folder: Path, weights: WhichParams | None) -> Loaded:
     about, state = found.about, found.arrays.get("state", {})
     converted = about.get("converted", {})
     system = converted.get("system", about.get("kind"))
@@ -132,6 +168,8 @@ def load(folder: str | Path, step: int | None = None, *, weights: WhichParams | 
         raise ValueError(f"{folder} holds checkpoints of kind {system!r}, not of {', '.join(SYSTEMS)}.")
     choices = {"last": state.get("params"), "ema": state.get("ema"), "best": state.get("best", {}).get("params")}
     choices = {name: params for name, params in choices.items() if params is not None}
+    if not choices:
+        raise ValueError(f"{folder} holds a checkpoint of {SYSTEMS[system].title} without parameters.")
     if weights is None and len(choices) > 1:
         raise ValueError(f"weights must say which of {', '.join(choices)} are meant: {folder} keeps all of them.")
     chosen = next(iter(choices)) if weights is None else weights
@@ -163,36 +201,6 @@ def load(folder: str | Path, step: int | None = None, *, weights: WhichParams | 
         about=about,
         step=found.step,
     )
-
-
-def told(folder: str | Path) -> str:
-    """What a converted checkpoint holds, in lines.
-
-    Raises:
-        ValueError: as for `load`.
-    """
-    loaded = load(folder)
-    weights, about = loaded.weights, loaded.about["converted"]
-    system = SYSTEMS[weights.system]
-    count = sum(leaf.size for leaf in jax.tree.leaves(weights.params))
-    assumed = ", ".join(f"{name}={value}" for name, value in weights.assumed.items())
-    names = ", ".join(f"{len(some)} of {role}" for role, some in loaded.names.items())
-    return "\n".join(
-        [
-            f"{folder}: {system.title}, converted, run {loaded.about['run']}, {count} parameters",
-            f"  from {about['source']}, sha256 {about['sha256']}",
-            f"  genes: {len(loaded.genes) or 'not told'}; names: {names or 'not told'}",
-            *([f"  taken from the published settings, as tensors do not tell them: {assumed}"] if assumed else []),
-            *(["  if the weights were trained with others, convert again: --set NAME=VALUE"] if assumed else []),
-            *_uses(loaded),
-        ]
-    )
-
-
-def digest(path: str | Path) -> str:
-    """SHA-256 of a file's bytes, as `sha256sum` prints it."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _uses(loaded: Loaded) -> list[str]:

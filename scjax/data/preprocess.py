@@ -167,13 +167,27 @@ class Transform:
 
     @classmethod
     def from_tree(cls, arrays: Mapping[str, Any], rest: Mapping[str, Any]) -> "Transform":
+        """The Transform of what `to_tree` gave.
+
+        Raises:
+            ValueError: arrays that are not of the kept genes, or of each other's dims.
+        """
+        arrays = {name: np.asarray(a, np.float64) for name, a in arrays.items()}
+        n = len(rest["feature_names"])
+        n_dims = len(arrays["components"]) if "components" in arrays else n
+        wanted = {"mean": (n,), "std": (n,), "components": (n_dims, n), "explained_variance": (n_dims,)}
+        for name, a in arrays.items():
+            if a.shape != wanted[name]:
+                raise ValueError(
+                    f"{name} of a Transform of {n} genes must have the shape {wanted[name]}; got {a.shape}."
+                )
         return cls(
             preprocess=from_dict(Preprocess, rest["preprocess"]),
             space=rest["space"],
             input_names=tuple(rest["input_names"]),
             feature_names=tuple(rest["feature_names"]),
             target_sum=rest["target_sum"],
-            **{name: np.asarray(a, np.float64) for name, a in arrays.items()},
+            **arrays,
         )
 
     def _unscaled(self, z: np.ndarray) -> np.ndarray:

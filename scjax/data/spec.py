@@ -171,12 +171,9 @@ class DataSpec:
             raise ValueError("time=None: this DataSpec names no obs column of times. Set it for a time series.")
         column("time", self.time, adata.obs)
         values = adata.obs[self.time]
-        if isinstance(values.dtype, pd.CategoricalDtype):
-            values = values.astype(values.cat.categories.dtype)
-        if not (pd.api.types.is_numeric_dtype(values) or pd.api.types.is_string_dtype(values)):
-            return np.full(len(values), np.nan)  # dates and spans would turn into nanoseconds
-        numbers: Any = pd.to_numeric(values, errors="coerce")
-        return numbers.to_numpy(dtype=np.float64, na_value=np.nan)
+        if isinstance(values.dtype, pd.CategoricalDtype):  # a cell without a category has the code -1
+            return np.append(_numbers(pd.Series(values.cat.categories)), np.nan)[values.cat.codes.to_numpy()]
+        return _numbers(values)
 
     def read_spellings(self, adata: AnnData) -> tuple[tuple[str, ...], ...]:
         """The conditions as the data write them, for splits that depend on it: names in the order of the data.
@@ -322,6 +319,16 @@ def feature_names(adata: AnnData, spec: DataSpec) -> tuple[str, ...]:
     if hasattr(matrix, "columns"):
         return tuple(map(str, matrix.columns))
     return tuple(f"{name}_{i}" for i in range(matrix.shape[1]))
+
+
+def _numbers(values: Any) -> Float[np.ndarray, " n"]:
+    """Of a Series; NaN where there is none."""
+    import pandas as pd
+
+    if not (pd.api.types.is_numeric_dtype(values) or pd.api.types.is_string_dtype(values)):
+        return np.full(len(values), np.nan)  # dates and spans would turn into nanoseconds
+    numbers: Any = pd.to_numeric(values, errors="coerce")
+    return numbers.to_numpy(dtype=np.float64, na_value=np.nan)
 
 
 def _time_problems(spec: DataSpec, adata: AnnData, min_times: int) -> Iterator[str]:

@@ -83,16 +83,17 @@ def load(directory: str | Path, step: int | None = None) -> Trained:
 
     Raises:
         ValueError: no checkpoint there, or of something else; a damaged one (the newest earlier one that is whole is
-            named).
+            named); one whose document or arrays are not those of such a run.
     """
     directory = Path(directory)
     if (directory / "checkpoints").is_dir():
         directory = directory / "checkpoints"
     found = checkpoint.read(directory, step)
-    kind = found.about.get("kind")
-    if kind not in MODELS:
-        raise ValueError(f"{directory} holds checkpoints of kind {kind!r}, not of a run of {', '.join(MODELS)}.")
-    return MODELS[kind].restore(found)
+    with checkpoint.understanding(directory):
+        kind = found.about.get("kind")
+        if kind not in MODELS:
+            raise ValueError(f"{directory} holds checkpoints of kind {kind!r}, not of a run of {', '.join(MODELS)}.")
+        return MODELS[kind].restore(found)
 
 
 def predict(trained: Trained, adata: AnnData, wanted: Iterable[Any], **options: Any) -> AnnData:

@@ -53,6 +53,12 @@ def test_good_data_pass_and_read_alike_in_every_form(form):
         (COUNTS, cells(day=[0.0, np.nan, np.nan, 0, 2, 2, 2, 2]), r"2 of 8 cells have no value .* the first is 'c1'"),
         (COUNTS, cells(day=["day 0"] * 4 + ["day 4"] * 4), r"not numbers \(day 0, day 4\).* Provide numbers .*'day 0'"),
         (COUNTS, cells(day=pd.Categorical(["early"] * 4 + ["late"] * 4)), r"not numbers \(early, late\)"),
+        (
+            COUNTS,
+            cells(day=pd.Categorical([0, None, None, 0, 2, 2, 2, 2])),
+            r"2 of 8 cells have no value .* the first is 'c1'",
+        ),
+        (COUNTS, cells(day=pd.Categorical(pd.to_datetime(["2020-01-01"] * 8))), r"not numbers \(2020-01-01"),
         (COUNTS, cells(day=pd.to_datetime(["2020-01-01"] * 8)), r"not numbers \(2020-01-01"),
         (COUNTS, cells(day=[0.0] * 4 + [np.inf] * 4), r"4 cells have an infinite time"),
         (COUNTS, cells(day=3.0), r"at least two times .* has 1 \(all at 3.0\)"),
@@ -142,6 +148,13 @@ def test_numbers_are_read_from_any_column_of_numbers(days):
     adata = cells(day=days)
     COUNTS.check(adata)
     np.testing.assert_array_equal(COUNTS.read_times(adata)[[0, 7]], [0.0, float(days[7])])
+
+
+@pytest.mark.parametrize("kind", [int, float, str])
+def test_a_category_of_numbers_may_be_missing(kind):
+    """As in a column of floats."""
+    adata = cells(day=pd.Categorical([kind(0), None, *[kind(2)] * 6]))
+    np.testing.assert_array_equal(COUNTS.read_times(adata), [0, np.nan, *[2] * 6])
 
 
 def test_the_spec_itself_is_checked_and_survives_json():
