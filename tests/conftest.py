@@ -22,19 +22,23 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 _QUICKLY = "JAX_DISABLE_MOST_OPTIMIZATIONS"
 _AS_ASKED = os.environ.get(_QUICKLY)  # "0" compiles everything as users do
 # What compares numbers with others' is compiled as it is for users; so is what runs longer than it compiles.
-_OPTIMISED = ("tests/parity", "tests/metrics", "tests/processes", "notebooks")
+# The tests of training compare bits of programs that are compiled apart.
+_OPTIMISED = ("tests/parity", "tests/metrics", "tests/processes", "tests/train")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
     """Most tests compile tiny programs for longer than they run them: LLVM's optimisations would double that.
 
-    XLA's own passes are the same. Programs that a test starts inherit its setting.
+    XLA's own passes are the same. Programs that a test starts inherit its setting. Of a file all tests have one.
     """
     place = item.path.relative_to(ROOT).as_posix()
     optimised = place.startswith(_OPTIMISED) or item.get_closest_marker("optimised") is not None
-    os.environ[_QUICKLY] = _AS_ASKED or str(int(not optimised))
-    jax.config.update("jax_disable_most_optimizations", os.environ[_QUICKLY] != "0")
+    setting = _AS_ASKED or str(int(not optimised))
+    if setting != os.environ.get(_QUICKLY):
+        jax.clear_caches()  # of functions that other files have compiled the other way
+        os.environ[_QUICKLY] = setting
+        jax.config.update("jax_disable_most_optimizations", setting != "0")
 
 
 _MAPPINGS_OF_FILES, _MAPPINGS_OF_TESTS = 5_000, 40_000  # of memory; Linux allows a process 65,530
