@@ -4,13 +4,16 @@ tyro makes options of the dataclasses.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
 import re
 import shlex
+import signal
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, get_args, get_type_hints
 
@@ -473,7 +476,8 @@ class Evaluate:
             print(f"report, tables and numbers written to {self.out}; open {self.out / 'report.html'} in a browser")
         elif self.out is not None:
             numbers = [report_of(table).to_json_dict(table) for table in tables]
-            self.out.write_text(json.dumps(numbers, indent=1) + "\n")
+            with self.out.open("x", encoding="utf-8") as file:  # hours may have passed since it was not there
+                file.write(json.dumps(numbers, indent=1) + "\n")
             print(f"numbers written to {self.out}")
 
     def of_runs(self, keep: list[Any] | None) -> tuple[list[Any], list[str]]:
@@ -679,6 +683,11 @@ class Convert:
             if "perturbation" not in columns:
                 raise ValueError("--set spec.perturbation=COLUMN must come with other columns of the data.")
         known = {key: from_text(v, key) for key, v in chosen.items() if not key.startswith("spec.")}
+        reserved = sorted(known.keys() & {"state", "system"})
+        if reserved:
+            raise ValueError(
+                f"--set takes fields of the model's config; {reserved[0]!r} is none (--model: the system)."
+            )
         vocabulary = None if self.vocabulary is None else _read_json(self.vocabulary)
         genes = () if self.genes is None else _read_genes(self.genes)
         state = convert.read_torch(self.what, weights=self.weights or "main")
@@ -756,7 +765,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 description="Generative models of single-cell populations. `scjax COMMAND --help` tells its options.",
                 args=arguments,
             )
-        command.execute()
+        # Training and the benchmark have their own answer to SIGTERM.
+        with contextlib.nullcontext() if arguments[:1] in (["train"], ["bench"], ["demo"]) else _tidily():
+            command.execute()
     except Interrupted as err:
         again = _again(arguments)
         print(f"scjax: {err}", file=sys.stderr)
@@ -776,15 +787,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(2) from err
 
 
+@contextlib.contextmanager
+def _tidily() -> Iterator[None]:
+    """SIGTERM ends the command as an error does: what is half written is removed. In the main thread alone."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)  # None: not set by Python
+
+
+_OF_PROCESSES = ("--coordinator", "--n-processes", "--process-id")
+
+
 def _again(arguments: list[str]) -> str:
     """The command that goes on where this one was interrupted; none for those that cannot."""
     if arguments[:1] == ["train"]:
         given = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         given.add_argument("--out")
         given.add_argument("--data", action="append", default=[])
-        for name in ("--vectors", "--keep", "--devices", "--shard-above"):
+        for name in ("--vectors", "--keep", "--devices", "--shard-above", *_OF_PROCESSES):
             given.add_argument(name)
-        for name in ("--on-disk", "--in-memory", "--tensorboard"):
+        for name in ("--on-disk", "--in-memory", "--tensorboard", "--detect-processes"):
             given.add_argument(name, action="store_true")
         seen = vars(given.parse_known_args(arguments[1:])[0])
         out, data = seen.pop("out"), seen.pop("data")

@@ -6,6 +6,7 @@ has, and are opened by `load` for the functions of `scjax.models`.
 """
 
 import hashlib
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -105,8 +106,11 @@ def save(
         "constants": {name: table for name, table in constants.items() if table is not None},
         "originals": weights.originals or {},
     }
-    with checkpoint.CheckpointWriter(folder, about=about) as writer:
-        writer.save(0, arrays)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as beside:
+        with checkpoint.CheckpointWriter(Path(beside) / "whole", about=about) as writer:
+            writer.save(0, arrays)
+        (Path(beside) / "whole").rename(folder)
 
 
 def load(folder: str | Path, step: int | None = None, *, weights: WhichParams | None = None) -> Loaded:

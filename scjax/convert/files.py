@@ -164,7 +164,10 @@ def _safetensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
         try:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
-            entries = [(n, _TYPES[e["dtype"]], tuple(e["shape"]), *e["data_offsets"]) for n, e in header.items()]
+            entries = []
+            for name, entry in header.items():
+                start, stop = entry["data_offsets"]
+                entries.append((name, _TYPES[entry["dtype"]], tuple(entry["shape"]), start, stop))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
             raise ValueError(f"{path}: its header makes no sense ({type(err).__name__}: {str(err):.80}).") from err
         for name, dtype, shape, start, stop in entries:

@@ -146,6 +146,7 @@ class _Element(DiskMatrix):
                 return np.asarray(data.oindex[rows] if by_number else data[rows])
             with self._whole():
                 part = sparse.csr_matrix(self._data[rows])
+            part.check_format(full_check=True)  # else a column beyond the last is a value of the next cell
             if not part.has_canonical_format:  # a value in two pieces
                 part.sum_duplicates()
             return part
@@ -196,6 +197,11 @@ class Stack(DiskMatrix):
             if start < end and stop > first or not read and start == stop:
                 read.append(part[max(start - first, 0) : max(stop - first, 0)].astype(self.dtype, copy=False))
         return stacked_arrays(read)
+
+    def _take(self, wanted: np.ndarray) -> Any:
+        of_parts = zip(self._parts, self._ends, np.split(wanted, np.searchsorted(wanted, self._ends[:-1])), strict=True)
+        taken = [part[rows - (end - part.shape[0])] for part, end, rows in of_parts if len(rows)]
+        return stacked_arrays([part.astype(self.dtype, copy=False) for part in taken])
 
 
 class Columns(DiskMatrix):
@@ -344,7 +350,7 @@ def open_cells(path: Path) -> CellsOnDisk:
     """A .h5ad file or a .zarr folder; `source.read_anndata` has looked whether it is one. The file stays open.
 
     Raises:
-        ValueError: a matrix by columns, or of something else than numbers.
+        ValueError: a matrix by columns, of something else than numbers, or of other cells or genes than obs and var.
         Exception: what anndata raises for a broken element, with a note that names the file.
     """
     from anndata.io import read_elem
@@ -360,12 +366,27 @@ def open_cells(path: Path) -> CellsOnDisk:
                 is_table = element.attrs.get("encoding-type") == "dataframe"
                 matrices[str(name)] = read_elem(element) if is_table else _Element(element, f"{path}, {kind}/{name}")
         x = _Element(group["X"], f"{path}, X") if "X" in group else None
+        _check_shapes(path, (len(obs), len(var)), {"X": {"": x}, **found})
     except ValueError:
         raise
     except Exception as err:
         err.add_note(f"While reading {path}: it is damaged or was not written by anndata. Write it again.")
         raise
     return CellsOnDisk(obs, var, x, **found, uns=uns)  # pyright: ignore[reportArgumentType]
+
+
+def _check_shapes(path: Path, shape: tuple[int, int], found: Mapping[str, Mapping[str, Any]]) -> None:
+    for kind, matrices in found.items():
+        for name, matrix in matrices.items():
+            n_axes = 1 if kind == "obsm" else 2
+            if matrix is not None and tuple(matrix.shape[:n_axes]) != shape[:n_axes]:
+                place = f"{kind}/{name}" if name else kind
+                raise ValueError(
+                    f"{path}, {place} must have as many rows as obs"
+                    + (" and columns as var" if n_axes == 2 else "")
+                    + f", {' x '.join(map(str, shape[:n_axes]))}; its shape is {tuple(matrix.shape)}. The file is "
+                    "damaged, or was changed by hand: write it again."
+                )
 
 
 def _opened(path: Path) -> Any:

@@ -202,7 +202,8 @@ def _obs_table(name: str, adata: AnnData, spec: DataSpec, prefix: bool) -> Any:
             except ValueError as err:
                 err.add_note(f"While joining {name!r}.")
                 raise
-            values = adata.obs[key].to_numpy(dtype=object)
+            # Objects, whatever categories the sources have; times stay numbers, as which they are read.
+            values = adata.obs[key].to_numpy(dtype=None if role == "time" else object)
             if key == spec.batch and prefix:
                 gone = adata.obs[key].isna().to_numpy()
                 values = [None if no else f"{name}_{value}" for value, no in zip(values, gone, strict=True)]
@@ -285,6 +286,13 @@ def _concatenated(files: Sequence[tuple[Path, AnnData]]) -> AnnData:
     if not others:
         return one
     uns = dict(one.uns)
+    for path, adata in files:
+        twice = sorted({str(name) for name in adata.var_names[adata.var_names.duplicated()]})
+        if twice:
+            raise ValueError(
+                f"files read as one are matched by the names of their genes; {path} has {twice[0]!r} more than once "
+                f"({len(twice)} such names). Make them unique in each file (adata.var_names_make_unique())."
+            )
     for path, other in others:
         differ = sorted(set(map(str, one.var_names)) ^ set(map(str, other.var_names)))
         if differ:
@@ -303,6 +311,9 @@ def _concatenated(files: Sequence[tuple[Path, AnnData]]) -> AnnData:
     def together(kind: str, name: str | None) -> Any:
         parts = [adata.X if kind == "X" else getattr(adata, kind)[name] for _, adata in files]
         if kind == "obsm":
+            widths = {str(path): part.shape[1] for part, (path, _) in zip(parts, files, strict=True)}
+            if len(set(widths.values())) > 1:
+                raise ValueError(f"files read as one must have obsm[{name!r}] of one width; got {widths}.")
             return pd.concat(parts) if hasattr(parts[0], "columns") else stacked([as_sliceable(part) for part in parts])
         named = zip(parts, files, strict=True)
         return stacked([_aligned(part, tuple(map(str, a.var_names)), genes) for part, (_, a) in named])
@@ -318,11 +329,17 @@ def _concatenated(files: Sequence[tuple[Path, AnnData]]) -> AnnData:
 
 
 def _same(one: Any, other: Any) -> bool:
+    from scipy import sparse
+
     if hasattr(one, "equals"):
         return bool(one.equals(other))
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
-    return bool(np.array_equal(one, other))
+    if sparse.issparse(one) or sparse.issparse(other):
+        return sparse.issparse(one) and sparse.issparse(other) and one.shape == other.shape and not (one != other).nnz
+    one, other = np.asarray(one), np.asarray(other)
+    numbers = one.dtype.kind in "fc" and other.dtype.kind in "fc"
+    return bool(np.array_equal(one, other, equal_nan=numbers))
 
 
 def _check_container(path: Path) -> None:

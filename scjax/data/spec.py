@@ -661,6 +661,11 @@ def _value_chunks(matrix: Any) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
             f"is no array in memory but {type(matrix).__name__}. Call adata.to_memory(), or read the file with "
             "read_anndata(path, backed=True)."
         )
+    if hasattr(matrix, "check_format"):  # of sparse matrices; what lies on disk is looked at when it is read
+        try:
+            matrix.check_format(full_check=True)
+        except ValueError as err:
+            raise ValueError(f"is no sound sparse matrix ({err}). Make it anew.") from err
     matrix = as_sliceable(matrix)
     if matrix.ndim != 2 or matrix.dtype.kind not in "buif":
         raise ValueError(f"must be a matrix of numbers; it has shape {matrix.shape} and dtype {matrix.dtype}.")

@@ -13,8 +13,10 @@ does not matter and need not be that of the file. Reads go around the process's 
 resident does not grow with what was read.
 """
 
+import glob
 import json
 import os
+import secrets
 import shutil
 import socket
 from collections.abc import Callable, Iterable
@@ -168,10 +170,13 @@ def store_cells(
         return StoredCells(whole)
     whole.parent.mkdir(parents=True, exist_ok=True)
     mine = f"{key}.part-{socket.gethostname()}-"
-    for left in whole.parent.glob(f"{mine}*"):
-        if not _is_alive(left.name.removeprefix(mine)):
+    for left in whole.parent.glob(f"{glob.escape(mine)}*"):
+        process, _, rest = left.name.removeprefix(mine).partition(".")
+        # What is no number is of a host whose name begins like this one's.
+        if process.isdecimal() and rest and not _is_alive(int(process)):
             shutil.rmtree(left, ignore_errors=True)
-    beside = whole.with_name(f"{mine}{os.getpid()}")
+    # The number of a process may come again: in a container that is started anew it does.
+    beside = whole.with_name(f"{mine}{os.getpid()}.{secrets.token_hex(4)}")
     beside.mkdir()
     try:
         _write(beside, shape, parts())
@@ -276,10 +281,10 @@ def _read_about(folder: Path) -> dict[str, Any]:
     return about
 
 
-def _is_alive(process: str) -> bool:
+def _is_alive(process: int) -> bool:
     try:
-        os.kill(int(process), 0)
-    except (ProcessLookupError, ValueError):
+        os.kill(process, 0)
+    except ProcessLookupError:
         return False
     except PermissionError:
         return True

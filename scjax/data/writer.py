@@ -163,6 +163,8 @@ def as_written(obs: Any) -> Any:
     import pandas as pd
 
     for name in obs:
-        if not isinstance(obs[name].dtype, pd.CategoricalDtype) and pd.api.types.is_string_dtype(obs[name]):
+        # Beside missing ones, as where tables are put together, words are a column of objects, which cannot be written.
+        words = not isinstance(obs[name].dtype, pd.CategoricalDtype) and pd.api.types.infer_dtype(obs[name]) == "string"
+        if words:
             obs[name] = pd.Categorical(obs[name])
     return obs

@@ -24,6 +24,19 @@ NAMES = {"perturbation": ["PBS", "drug1", "drug2"], "cell_type": ["B", "NK", "T"
 GENES = tuple(f"g{i}" for i in range(5))
 
 
+def test_what_could_not_be_written_leaves_nothing(tmp_path, monkeypatch):
+    """So that the same command can be given again."""
+    weights = weights_like("scimf")
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.CheckpointWriter, "save", lambda *args: (_ for _ in ()).throw(OSError("disk full")))
+        with pytest.raises(OSError, match="disk full"):
+            convert.save(tmp_path / "new" / "c", weights, **SOURCE)
+    assert list((tmp_path / "new").iterdir()) == []
+    convert.save(tmp_path / "new" / "c", weights, **SOURCE)
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["c"]
+    assert convert.load(tmp_path / "new" / "c").step == 0
+
+
 @pytest.fixture(scope="module", params=MODELS)
 def saved(request, tmp_path_factory):
     weights = weights_like(request.param)

@@ -198,6 +198,7 @@ def test_pickles_in_other_files(tmp_path):
         ({"x": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 8]}}, "lies outside of it"),
         ({"x": {"dtype": "F32", "shape": [2], "data_offsets": [8, 0]}}, "but -8 bytes"),
         ({"x": {"dtype": "C64", "shape": [1], "data_offsets": [0, 8]}}, "makes no sense"),
+        ({"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4, 8]}}, r"w.safetensors: its header makes no sense"),
         ({"x": []}, "makes no sense"),
         ([], "makes no sense"),
     ],

@@ -109,6 +109,22 @@ def test_far_rows_are_not_read_along(monkeypatch):
     assert asked == [(1, 7), (500, 501), (600, 649), (651, 655)]
 
 
+def test_far_rows_of_several_files_are_one_request_each(cells, monkeypatch):
+    asked, take = [], type(cells.X)._take
+
+    def told(self, wanted):
+        asked.append(len(wanted))
+        return take(self, wanted)
+
+    monkeypatch.setattr(type(cells.X), "_take", told)
+    monkeypatch.setattr(disk, "_GAP", 1)
+    rows = np.array([175, 3, 9, 121, 66, 0, 150, 3])
+    x = make_adata().X.toarray()
+    three = stacked([cells.X, cells.X, cells.X])
+    np.testing.assert_array_equal(three[rows].toarray(), np.concatenate([x, x, x])[rows])
+    assert asked == [3, 1, 3]
+
+
 def test_stacked_and_aligned_matrices(cells):
     x = make_adata().X.toarray()
     both = stacked([cells.X, x])
@@ -201,6 +217,50 @@ def test_files_that_cannot_be_read_by_rows(tmp_path):
     wide = disk.Derived((30, 10_001), lambda rows: np.ones((len(rows), 10_001), np.float32))
     with pytest.raises(ValueError, match="needs the covariance of their genes in memory, 0.8 GB"):
         fit(Preprocess(n_components=2), wide, [f"g{i}" for i in range(10_001)], "counts")
+
+
+@pytest.mark.parametrize("column", [N_GENES, -1])
+@pytest.mark.parametrize("suffix", [".h5ad", ".zarr"])
+def test_a_column_beyond_the_last_is_no_value_of_the_next_cell(tmp_path, suffix, column):
+    """On disk, and in memory, where SciPy does not look either."""
+    import h5py
+    import zarr
+
+    path = tmp_path / f"cells{suffix}"
+    adata = make_adata()
+    (adata.write_zarr if suffix == ".zarr" else adata.write_h5ad)(path)
+    file = zarr.open_group(path, mode="r+") if suffix == ".zarr" else h5py.File(path, "r+")
+    file["X/indices"][2] = column
+    if suffix == ".h5ad":
+        file.close()
+    cells = read_anndata(path, backed=True)
+    for of in (lambda: cells.X[:], lambda: cells.X[np.array([50, 0])], lambda: SPEC.check(cells)):
+        with pytest.raises(OSError, match=r"X: cells 0 to \d+ could not be read \(ValueError: .*ind"):
+            of()
+    np.testing.assert_array_equal(cells.X[40:].toarray(), adata.X[40:].toarray())
+    adata.X.indices[2] = column
+    with pytest.raises(ValueError, match="'X' is no sound sparse matrix .indices must be .*Make it anew"):
+        SPEC.check(adata)
+
+
+@pytest.mark.parametrize(
+    ("place", "matrix", "message"),
+    [
+        ("X", np.ones((5, 3)), r"X must have as many rows as obs and columns as var, 6 x 3; its shape is \(5, 3\)"),
+        ("layers/raw", np.ones((6, 4)), r"layers/raw must have .* 6 x 3; its shape is \(6, 4\)"),
+        ("obsm/z", np.ones((7, 2)), r"obsm/z must have as many rows as obs, 6; its shape is \(7, 2\)"),
+    ],
+)
+def test_matrices_of_other_cells_are_refused(tmp_path, place, matrix, message):
+    import h5py
+    from anndata.io import write_elem
+
+    anndata.AnnData(np.ones((6, 3))).write_h5ad(tmp_path / "cells.h5ad")
+    group, _, name = place.rpartition("/")
+    with h5py.File(tmp_path / "cells.h5ad", "r+") as file:
+        write_elem(file[group or "/"], name, matrix)
+    with pytest.raises(ValueError, match=message):
+        read_anndata(tmp_path / "cells.h5ad", backed=True)
 
 
 def test_a_chunk_that_vanished_is_no_zeros(tmp_path):

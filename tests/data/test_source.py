@@ -192,6 +192,48 @@ def test_repeated_genes_cannot_be_joined():
         join([("one", ONE), ("two", screen([[1, 2]], ["a", "a"]))], SPEC)
 
 
+def test_joined_times_are_numbers():
+    """Also where one of the sources has them as categories."""
+    spec = DataSpec(space="counts", perturbation="drug", time="day")
+    one, two = ONE.copy(), OTHER.copy()
+    one.obs["day"], two.obs["day"] = [0.0, 2.5], pd.Categorical([4])
+    joined, _, _ = join([("one", one), ("two", two)], spec)
+    np.testing.assert_array_equal(spec.read_times(joined), [0, 2.5, 4])
+
+
+def written(tmp_path, **files):
+    paths = [tmp_path / f"{name}.h5ad" for name in files]
+    for path, adata in zip(paths, files.values(), strict=True):
+        adata.obs_names = [f"{path.stem}_{cell}" for cell in adata.obs_names]
+        adata.write_h5ad(path)
+    return paths
+
+
+@pytest.mark.filterwarnings("ignore:Variable names are not unique")
+@pytest.mark.parametrize("backed", [False, True])
+def test_files_with_repeated_genes_are_not_matched_by_name(tmp_path, backed):
+    paths = written(tmp_path, one=screen([[1, 2, 3]], "aab"), two=screen([[4, 5]], "ab"))
+    with pytest.raises(ValueError, match=r"one.h5ad has 'a' more than once \(1 such names\)"):
+        read_anndata(paths, backed=backed)
+
+
+def test_files_agree_in_what_is_not_a_number_and_in_sparse_entries(tmp_path):
+    uns = {"scores": np.array([1.0, np.nan]), "graph": sparse.csr_matrix(np.eye(2)), "words": np.array(["a", "b"])}
+    both = read_anndata(written(tmp_path, one=screen([[1]], "a", **uns), two=screen([[2]], "a", **uns)))
+    assert both.uns.keys() == uns.keys()
+    other = uns | {"graph": sparse.csr_matrix(np.ones((2, 2)))}
+    with pytest.raises(ValueError, match="three.h5ad has another 'graph' than before"):
+        read_anndata([tmp_path / "one.h5ad", *written(tmp_path, three=screen([[2]], "a", **other))])
+
+
+@pytest.mark.parametrize("backed", [False, True])
+def test_files_of_other_widths_of_a_latent(tmp_path, backed):
+    one, two = screen([[1]], "a"), screen([[2]], "a")
+    one.obsm["z"], two.obsm["z"] = np.ones((1, 3)), np.ones((1, 2))
+    with pytest.raises(ValueError, match=r"obsm\['z'\] of one width; got .*one.h5ad': 3, .*two.h5ad': 2"):
+        read_anndata(written(tmp_path, one=one, two=two), backed=backed)
+
+
 def test_a_missing_column_names_its_source():
     bad = OTHER.copy()
     del bad.obs["plate"]

@@ -96,14 +96,19 @@ def test_an_error_leaves_nothing(tmp_path):
 
 
 def test_what_a_killed_writer_left_is_removed(tmp_path, monkeypatch):
-    """Of this machine and of a process that is gone; others may still be writing."""
+    """Of this machine and of a process that is gone; others may still be writing, also on a machine of a like name.
+
+    A process that has the number of one that was killed is not stopped by what that one left.
+    """
     x = cells(True)
     monkeypatch.setattr(store.socket, "gethostname", lambda: "here")
-    for name in (f"key.part-here-{2**22 + 5}", f"key.part-here-{os.getppid()}", "key.part-there-1"):
+    gone = f"key.part-here-{2**22 + 5}.0a"
+    others = {f"key.part-here-{os.getppid()}.0a", "key.part-there-1.0a", f"key.part-here-1-{2**22 + 5}.0a"}
+    namesake = f"key.part-here-{os.getpid()}.0a"
+    for name in (gone, namesake, *others):
         (tmp_path / name).mkdir()
     store_cells(tmp_path, "key", x.shape, parts_of(x))
-    left = {p.name for p in tmp_path.iterdir()}
-    assert left == {"key", f"key.part-here-{os.getppid()}", "key.part-there-1"}
+    assert {p.name for p in tmp_path.iterdir()} == {"key", namesake, *others}
 
 
 def test_the_second_of_two_writers_takes_the_first_ones(tmp_path):

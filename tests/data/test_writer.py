@@ -30,14 +30,27 @@ def test_beside_files_of_like_names(tmp_path, suffix):
     assert sorted(p.name for p in tmp_path.iterdir()) == [path.name, theirs.name]
 
 
-def interrupted(path):
+def interrupted(path, err):
     with writing_cells(path, 5, GENES) as cells:
         cells.add(*some(3))
-        raise KeyError("no such gene")
+        raise err
+
+
+@pytest.mark.parametrize("err", [KeyError("no such gene"), SystemExit(143)], ids=["error", "signal"])
+@pytest.mark.parametrize("suffix", [".h5ad", ".zarr"])
+def test_nothing_is_left_of_what_went_wrong(tmp_path, suffix, err):
+    with pytest.raises(type(err), match=str(err)):
+        interrupted(tmp_path / f"cells{suffix}", err)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("suffix", [".h5ad", ".zarr"])
-def test_nothing_is_left_of_what_went_wrong(tmp_path, suffix):
-    with pytest.raises(KeyError, match="no such gene"):
-        interrupted(tmp_path / f"cells{suffix}")
-    assert list(tmp_path.iterdir()) == []
+def test_words_beside_missing_ones_are_written(tmp_path, suffix):
+    """As where tables of which one lacks a column are put together."""
+    with writing_cells(tmp_path / f"cells{suffix}", 3, GENES) as cells:
+        x, obs = some(3)
+        obs["batch"] = pd.Series(["p1", np.nan, "p2"], index=obs.index, dtype=object)
+        cells.add(x, obs)
+    batch = read_anndata(tmp_path / f"cells{suffix}").obs["batch"]
+    assert list(batch.isna()) == [False, True, False]
+    assert list(batch.cat.categories) == ["p1", "p2"]

@@ -24,6 +24,7 @@ from scjax import __version__, presets
 from scjax.checkpoint import list_steps
 from scjax.cli import _as_options, _share_of_start, main
 from scjax.config import from_json, to_dict, to_json
+from scjax.data import writer
 from scjax.data.splits import HoldOutLast
 from scjax.experiment import TimeSeriesExperiment, read_experiment
 from scjax.predict import load
@@ -356,6 +357,36 @@ def test_interrupted(monkeypatch, capsys):
         main(["train", "--config", "tiny.json"])
     assert ended.value.code == 130
     assert "interrupted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suffix", [".h5ad", ".zarr"])
+def test_sigterm_leaves_no_half_of_a_prediction(run, tmp_path, monkeypatch, suffix):
+    """It ends as by the signal, and the next command of this process hears it as before."""
+    add, before = writer._Cells.add, signal.getsignal(signal.SIGTERM)
+
+    def add_and_be_stopped(self, *args, **more):
+        add(self, *args, **more)
+        assert [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(writer._Cells, "add", add_and_be_stopped)
+    with pytest.raises(SystemExit) as ended:
+        main(
+            [
+                "predict",
+                "--run",
+                str(run),
+                "--data",
+                "cells.h5ad",
+                "--times",
+                "2",
+                "--out",
+                str(tmp_path / f"cells{suffix}"),
+            ]
+        )
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_sigterm_saves_and_the_told_command_goes_on(run, capsys, tmp_path, monkeypatch):

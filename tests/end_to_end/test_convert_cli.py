@@ -218,6 +218,7 @@ def test_which_weights_of_a_run(cellset_run, tmp_path, capsys):
         (["average.npz", "--out", "a", "--weights", "best"], "--weights of a file are main, ema or last"),
         (["average.npz", "--out", "a", "--set", "n_head=2"], "n_head is not a field of Config. Did you mean"),
         (["average.npz", "--out", "a", "--set", "divisor"], "--set takes KEY=VALUE"),
+        (["average.npz", "--out", "a", "--set", "system=scimf"], r"'system' is none .--model: the system"),
         (["average.npz", "--out", "a", "--set", "spec.drug=x"], "drug is not a field of DataSpec"),
         (["average.npz", "--out", "a", "--model", "scdfm"], "not one of scDFM: it lacks encoder.embedding.weight"),
         (["average.npz", "--out", "a", "--vocabulary", "genes.txt"], "genes.txt is no valid JSON"),

@@ -243,6 +243,8 @@ def test_an_interrupted_training_goes_on_with_its_table():
     assert _again(given) == again
     ways = ["--keep", "5", "--devices", "2", "--on-disk", "--tensorboard"]  # how it runs, which no settings file tells
     assert _again([*given, "--n-steps", "9", *ways]) == f"{again} {' '.join(ways)}"
+    for ways in (["--coordinator", "h:1", "--n-processes", "2", "--process-id", "0"], ["--detect-processes"]):
+        assert _again([*given, *ways]) == f"{again} {' '.join(ways)}"  # else each would go on alone
 
 
 def test_a_model_that_reads_no_vectors_takes_no_table(tmp_path, monkeypatch, capsys):
