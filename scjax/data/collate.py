@@ -27,7 +27,8 @@ __all__ = ["Share", "make_batches", "make_cell_set_batches", "make_paired_batche
 
 # Of an array of cells, [cells, dims] or [groups, cells, genes], given its shape: the slices that this process needs.
 # All batches take one, `batch_at(step, share)`: other cells are not read and stay 0. So each of several hosts reads its
-# own cells of a batch that all of them know the rows of.
+# own cells of a batch that all of them know the rows of. Targets of a time series that are all observed cells, the same
+# at every step (n_targets=None), are read once, by each host all of them.
 Share: TypeAlias = Callable[[tuple[int, ...]], tuple[slice, ...]]
 
 _CONTROL_STREAM = 1  # of random numbers, besides that of the sets

@@ -162,6 +162,8 @@ def read_sources(
         raise ValueError(
             f"adata must hold control cells, for predictions start from them; none has {control} in obs[{columns!r}]."
         )
+    if contexts is not None:
+        at_least("the number of contexts", len(contexts), 1)
     for context in rows if contexts is None else contexts:
         if context not in rows:
             raise ValueError(

@@ -233,7 +233,7 @@ def velocity(
     Row i of the interaction is what cell i attends to the others that were sampled at its time, softmax weights
     averaged over heads, of the `n_partners` strongest alone: it sums to 1 where these are all the others, else to less,
     and to 0 for a cell that is alone. Other entries of obsm and uns stay; one of these names that was there before is
-    kept as "<name>_before".
+    kept as "<name>_before", which must be free.
 
     Args:
         bases: names of embeddings, umap for obsm["X_umap"].
@@ -257,6 +257,12 @@ def predicting_velocity(
         at_least("n_partners", n_partners, 1)
         if not trained.config.n_blocks:
             raise ValueError("n_partners asks for the interaction; this model has none (n_blocks=0). Leave it out.")
+    ours = ("X_latent", "velocity_latent", *(f"velocity_{basis}" for basis in bases))
+    for key in ours:
+        if key in adata.obsm and f"{key}_before" in adata.obsm:
+            raise ValueError(
+                f"obsm holds {key!r} and {key + '_before'!r}, as which the former would be kept: rename one."
+            )
     latent = project(trained, adata)
     times = trained.spec.read_times(adata)
     populations = [np.flatnonzero(times == t) for t in np.unique(times)]
@@ -268,7 +274,7 @@ def predicting_velocity(
         for basis in bases
     }
     graphs = {} if n_partners is None else {"interaction": _interaction(trained, latent, populations, n_partners)}
-    source, ours = open_source(adata, trained.spec), ("X_latent", "velocity_latent", *arrows)
+    source = open_source(adata, trained.spec)
 
     def parts() -> Iterator[Part]:
         for rows in _chunks(len(latent), len(source.feature_names)):

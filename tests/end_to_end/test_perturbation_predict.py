@@ -210,6 +210,7 @@ def test_stand_ins_for_an_unknown_perturbation(perturbation_trained):
         (["G0"], {}, "perturbation 'G0' is not known to the model: it was in no training population"),
         (["new"], {"on_unknown": "nearest"}, "nothing tells what is near 'new'"),
         (["g0+g1+z"], {}, "n_slots=2 is too few for 3 perturbations at once"),
+        (["g0"], {"contexts": []}, "the number of contexts must be at least 1; got 0"),
         (["g0"], {"contexts": ["A11"]}, "contexts must have control cells in adata; 'A11' has none. Did you mean 'A1'"),
         (["g0"], {"genes": ["g0", "g77"]}, "'g77' is not among the .* genes that the model was fitted"),
         (["g0"], {"genes": ["z"]}, "genes must be among the 10 that training kept; 'z' was not measured"),

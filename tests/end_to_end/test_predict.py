@@ -294,4 +294,6 @@ def test_velocity_keeps_what_the_user_had(trained, adata):
     found = velocity(trained, adata)
     np.testing.assert_array_equal(found.obsm["X_umap"], adata.obsm["X_umap"])
     np.testing.assert_array_equal(found.obsm["X_latent_before"], adata.obsm["X_latent"])
+    with pytest.raises(ValueError, match="holds 'X_latent' and 'X_latent_before', as which .* kept: rename one"):
+        velocity(trained, found)
     assert found.uns["palette"] == ["red"]
