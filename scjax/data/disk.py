@@ -357,7 +357,8 @@ def open_cells(path: Path) -> CellsOnDisk:
 
     try:
         group = _opened(path)
-        obs, var = read_elem(group["obs"]), read_elem(group["var"])
+        obs: Any = read_elem(group["obs"])
+        var: Any = read_elem(group["var"])
         uns = read_elem(group["uns"]) if "uns" in group else {}
         found: dict[str, dict[str, Any]] = {"layers": {}, "obsm": {}}
         for kind, matrices in found.items():

@@ -336,7 +336,8 @@ def _same(one: Any, other: Any) -> bool:
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
     if sparse.issparse(one) or sparse.issparse(other):
-        return sparse.issparse(one) and sparse.issparse(other) and one.shape == other.shape and not (one != other).nnz
+        alike = sparse.issparse(one) and sparse.issparse(other) and np.shape(one) == np.shape(other)
+        return alike and not (one != other).nnz
     one, other = np.asarray(one), np.asarray(other)
     numbers = one.dtype.kind in "fc" and other.dtype.kind in "fc"
     return bool(np.array_equal(one, other, equal_nan=numbers))

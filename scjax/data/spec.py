@@ -670,9 +670,12 @@ def _value_chunks(matrix: Any) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
             f"is no array in memory but {type(matrix).__name__}. Call adata.to_memory(), or read the file with "
             "read_anndata(path, backed=True)."
         )
-    if hasattr(matrix, "check_format"):  # of sparse matrices; what lies on disk is looked at when it is read
+    look: Any = getattr(
+        matrix, "check_format", None
+    )  # of sparse matrices; what lies on disk is looked at when it is read
+    if look is not None:
         try:
-            matrix.check_format(full_check=True)
+            look(full_check=True)
         except ValueError as err:
             raise ValueError(f"is no sound sparse matrix ({err}). Make it anew.") from err
     matrix = as_sliceable(matrix)

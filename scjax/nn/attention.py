@@ -154,5 +154,5 @@ def _implementation(asked: str | None, v: Float[Array, "heads m d"]) -> str:
 
 def _dot_product(q, k, v, implementation):
     q, k, v = (jnp.swapaxes(x, 0, 1) for x in (q, k, v))
-    by = {"dot_product": "xla", "cudnn": "cudnn"}[implementation]
+    by = "cudnn" if implementation == "cudnn" else "xla"
     return jnp.swapaxes(jax.nn.dot_product_attention(q, k, v, implementation=by), 0, 1)
