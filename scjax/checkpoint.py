@@ -229,7 +229,8 @@ def sole_writer(directory: str | Path) -> Iterator[None]:
         yield
     finally:
         if file is not None:
-            (directory / _LOCK).unlink(missing_ok=True)
+            with suppress(OSError):  # of a disk that has become read-only; the lock goes with the descriptor
+                (directory / _LOCK).unlink(missing_ok=True)
             os.close(file)
 
 
@@ -302,8 +303,10 @@ def read(directory: str | Path, step: int | None = None, *, like: Mapping[str, A
         leaves, manifest, about = _load(directory / str(step))
     except _DamagedError as err:
         raise ValueError(f"{err} {_alternative(directory, step)}") from err
-    arrays = _nest({path: _unpack(path, leaf, manifest[path]) for path, leaf in leaves.items()})
-    for name, template in (like or {}).items():
+    like = like or {}
+    # What a template places is not put on the default device first, which may have no room for all of it.
+    arrays = _nest({path: _unpack(path, leaf, manifest[path]) for path, leaf in leaves.items() if path[0] not in like})
+    for name, template in like.items():
         flat = {p: v for p, v in leaves.items() if p[0] == name}
         arrays[name] = _in_form_of(template, name, flat, manifest, directory / str(step))
     return Checkpoint(step, arrays, about)

@@ -170,7 +170,9 @@ def _understood(found: checkpoint.Checkpoint, folder: Path, weights: WhichParams
     system = converted.get("system", about.get("kind"))
     if system not in SYSTEMS:
         raise ValueError(f"{folder} holds checkpoints of kind {system!r}, not of {', '.join(SYSTEMS)}.")
-    choices = {"last": state.get("params"), "ema": state.get("ema"), "best": state.get("best", {}).get("params")}
+    best = state.get("best")
+    validated = best is not None and np.isfinite(best["score"])  # before, it is where training began
+    choices = {"last": state.get("params"), "ema": state.get("ema"), "best": best["params"] if validated else None}
     choices = {name: params for name, params in choices.items() if params is not None}
     if not choices:
         raise ValueError(f"{folder} holds a checkpoint of {SYSTEMS[system].title} without parameters.")

@@ -209,6 +209,9 @@ def train_task(
         return task, batches, begun
 
     task, batches, begun = hosts.together(ready, "Preparing the run")
+    # A shared folder may show its newest checkpoint to one host before the other.
+    begins = "none" if begun.state is None else str(int(begun.state.step))
+    hosts.check_agreed("the checkpoint that the run goes on from", begins)
     if hosts.is_first():
         tell(task)
         if mesh is not None:

@@ -3,6 +3,8 @@
 import json
 from typing import Any
 
+import numpy as np
+
 from scjax import __version__
 from scjax.types import Params
 
@@ -10,8 +12,11 @@ __all__ = ["predicting_params", "record"]
 
 
 def predicting_params(state: dict[str, Any]) -> Params:
-    """Of a stored training state: the best on validation data, else the moving average, else the last ones."""
-    if "best" in state:
+    """Of a stored training state: the best on validation data, else the moving average, else the last ones.
+
+    Before the first validation there is no best: what stands in its place is where training began.
+    """
+    if "best" in state and np.isfinite(state["best"]["score"]):
         return state["best"]["params"]
     return state.get("ema", state["params"])
 

@@ -200,6 +200,7 @@ def fit(
                 save(state)
             if terminated() or (validating and patient.is_out(state)):
                 break
+        terminated.ask()  # of a signal during the last call
         flush(state, n_pending=0)
         save(state)
         if terminated():
@@ -234,15 +235,15 @@ class Runner:
         n = stop - first
         chunk = jax.tree.map(lambda leaf: _padded(leaf, n, self.scan_steps), chunk)
         inner = state._replace(best=None)  # no business of the update
-        if self.compiled is not None:
-            _check_same_batch(self.example, chunk, first)
+        if self.compiled is None:  # as batches come: on devices NumPy's wide numbers are narrow ones
+            self.example = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), chunk)
+        _check_same_batch(self.example, chunk, first)
         if self.mesh is not None:
             chunk = meshes.place(chunk, self.mesh)
         args = (inner, chunk, jnp.int32(first), jnp.int32(n), *more)
         if self.compiled is None:
             began = time.perf_counter()
             self.compiled = self._jitted(inner).lower(*args).compile()
-            self.example = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), chunk)
             for hook in self.hooks:
                 hook.on_compiled(time.perf_counter() - began)
         inner, metrics = self.compiled(*args)

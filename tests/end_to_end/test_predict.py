@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import anndata
 import jax
@@ -10,7 +11,7 @@ import pandas as pd
 import pytest
 from tiny_series import EXPERIMENT, GENES, SIZES, make_adata
 
-from scjax import checkpoint
+from scjax import checkpoint, convert
 from scjax.data.preprocess import preprocess_for
 from scjax.data.spec import DataSpec
 from scjax.data.splits import HoldOutNone
@@ -26,6 +27,7 @@ from scjax.predict import (
     simulate_cells,
     velocity,
 )
+from scjax.predict.record import predicting_params
 
 TIMES = (1.0, 2.5, 6.0)  # observed, between, after the last
 
@@ -284,6 +286,30 @@ def test_checkpoints_of_something_else(tmp_path):
         load(tmp_path)
     with pytest.raises(ValueError, match="there is no folder .*nowhere"):
         load(tmp_path / "nowhere")
+
+
+def test_before_the_first_validation_nothing_is_the_best():
+    """What the state keeps in its place are the parameters that training began with."""
+    last, average, first = ({"w": name} for name in ("last", "average", "first"))
+    state = {"params": last, "ema": average, "best": {"score": np.float32(np.inf), "step": 0, "params": first}}
+    assert predicting_params(state) == average
+    assert predicting_params({"params": last, "best": state["best"]}) == last
+    best = {"score": np.float32(0.5), "step": 3, "params": {"w": "best"}}
+    assert predicting_params({**state, "best": best}) == {"w": "best"}
+
+
+def test_a_converter_knows_no_best_before_the_first_validation(tiny_run, monkeypatch):
+    found = checkpoint.read(Path(tiny_run.workdir) / "checkpoints")
+    params = found.arrays["state"]["params"]
+    for score, known in ((np.inf, False), (0.5, True)):
+        state = {"params": params, "best": {"score": np.float32(score), "step": 0, "params": params}}
+        changed = found._replace(arrays={**found.arrays, "state": state})
+        monkeypatch.setattr(checkpoint, "read", lambda *args, changed=changed, **options: changed)
+        if known:
+            assert convert.load(tiny_run.workdir, weights="best").step == found.step
+        else:
+            with pytest.raises(ValueError, match="weights must be one of last, which .* has; got 'best'"):
+                convert.load(tiny_run.workdir, weights="best")
 
 
 def test_velocity_keeps_what_the_user_had(trained, adata):

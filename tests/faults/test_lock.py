@@ -107,6 +107,21 @@ def test_lock_of_one_who_goes_just_now(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_disk_that_became_read_only_hides_no_error(tmp_path, monkeypatch):
+    """The lock file cannot be removed then; what went wrong is what is told, and the lock is free."""
+
+    def unlink(self, missing_ok=False):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", unlink)
+        with pytest.raises(ValueError, match="a checkpoint could not be written"), sole_writer(tmp_path):
+            raise ValueError("a checkpoint could not be written")
+    with sole_writer(tmp_path):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
 def test_file_system_without_locks_is_told(tmp_path, monkeypatch):
     def flock(file, how):
         raise OSError(errno.ENOLCK, "No locks available")

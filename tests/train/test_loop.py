@@ -16,6 +16,7 @@ import pytest
 import regression
 
 from scjax.checkpoint import CheckpointWriter, list_steps, read
+from scjax.mesh import make_mesh
 from scjax.train.hooks import Hook, SaveCheckpoints
 from scjax.train.loop import Interrupted, NonFiniteError, fit, in_order
 from scjax.train.optimizers import make_optimizer
@@ -354,3 +355,18 @@ def test_states_and_batches_that_do_not_fit(uninterrupted):
             regression.run(20, batches=ragged(at) if at == 3 else lambda n: ragged(n if n >= 5 else -1)(n))
     with pytest.raises(ValueError, match="all batches must have one structure"):
         regression.run(20, batches=lambda n: regression.batch_at(n) | ({"z": np.ones(1)} if n == 2 else {}))
+
+
+@pytest.mark.parametrize("mesh", [False, True])
+def test_batches_of_numpys_wide_numbers(mesh):
+    """int64 and float64 are narrow on devices, in the first call as in the next."""
+
+    def batches(n):
+        return {"x": np.random.default_rng(n).normal(size=(4, 2)), "label": np.arange(4)}
+
+    def loss(params, batch, key):
+        total = jnp.mean((batch["x"] @ params["w"] - batch["label"]) ** 2)
+        return total, {"total": total}
+
+    options = {"key": jax.random.key(0), "n_steps": 6, "scan_steps": 2, "mesh": make_mesh(1) if mesh else None}
+    assert fit(loss, {"w": jnp.zeros(2)}, optax.sgd(0.1), batches, **options).step == 6
