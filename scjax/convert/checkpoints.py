@@ -170,9 +170,10 @@ def _understood(found: checkpoint.Checkpoint, folder: Path, weights: WhichParams
     system = converted.get("system", about.get("kind"))
     if system not in SYSTEMS:
         raise ValueError(f"{folder} holds checkpoints of kind {system!r}, not of {', '.join(SYSTEMS)}.")
-    best = state.get("best")
-    validated = best is not None and np.isfinite(best["score"])  # before, it is where training began
-    choices = {"last": state.get("params"), "ema": state.get("ema"), "best": best["params"] if validated else None}
+    best: Any = state.get("best")
+    if best is not None and not np.isfinite(best["score"]):
+        best = {"params": None}  # not validated yet: it is where training began
+    choices = {"last": state.get("params"), "ema": state.get("ema"), "best": best and best["params"]}
     choices = {name: params for name, params in choices.items() if params is not None}
     if not choices:
         raise ValueError(f"{folder} holds a checkpoint of {SYSTEMS[system].title} without parameters.")
