@@ -34,9 +34,6 @@ Space: TypeAlias = Literal["counts", "lognormalised", "latent"]
 LARGEST_LOG = 20.0  # log1p of five hundred million: no log-normalised value is above
 
 
-_OF_PREDICTIONS = {"condition", "context", "seed", "set", "source_cell"}  # columns of their obs
-
-
 @dataclass(frozen=True, kw_only=True)
 class DataSpec:
     """The roles of the parts of an AnnData. A time series names `time`, perturbation data name `perturbation`; data of
@@ -123,12 +120,6 @@ class DataSpec:
                 f"dose must name as many columns as perturbation; got dose={self.dose!r}, "
                 f"perturbation={self.perturbation!r}."
             )
-        named = {"cell_type": (self.cell_type,), "batch": (self.batch,), "covariates": self.covariates}
-        for role, columns in named.items():
-            for taken in sorted(_OF_PREDICTIONS & set(columns)):
-                raise ValueError(
-                    f"{role} names the column {taken!r}, which predictions have for what they are of. Rename it in obs."
-                )
 
     @property
     def control_names(self) -> tuple[str, ...]:

@@ -165,16 +165,6 @@ def test_the_spec_itself_is_checked_and_survives_json():
     assert from_dict(DataSpec, to_dict(COUNTS)) == COUNTS
 
 
-@pytest.mark.parametrize("role", ["cell_type", "batch", "covariates"])
-def test_columns_of_predictions_are_nobody_else_s(role):
-    named = ("line", "condition") if role == "covariates" else "condition"
-    with pytest.raises(
-        ValueError, match=rf"{role} names the column 'condition', which predictions .* Rename it in obs"
-    ):
-        DataSpec(space="counts", perturbation="condition", **{role: named})
-    assert DataSpec(space="counts", perturbation="condition").perturbation == "condition"
-
-
 GENES = DataSpec(space="counts", perturbation="p")
 LINES = DataSpec(space="counts", perturbation="p", covariates=("line",))
 DOSED = DataSpec(space="counts", perturbation="p", dose="d")
