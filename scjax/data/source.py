@@ -337,8 +337,11 @@ def _same(one: Any, other: Any) -> bool:
         return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
     if sparse.issparse(one) or sparse.issparse(other):
         alike = sparse.issparse(one) and sparse.issparse(other) and np.shape(one) == np.shape(other)
-        return alike and not (one != other).nnz
+        # NaN is other than itself: what differs must be NaN in both.
+        return alike and (one != other).nnz == (one != one).multiply(other != other).nnz
     one, other = np.asarray(one), np.asarray(other)
+    if one.dtype.names or other.dtype.names:  # records, of which array_equal knows no NaN
+        return one.dtype.names == other.dtype.names and all(_same(one[name], other[name]) for name in one.dtype.names)
     numbers = one.dtype.kind in "fc" and other.dtype.kind in "fc"
     return bool(np.array_equal(one, other, equal_nan=numbers))
 

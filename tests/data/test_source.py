@@ -219,8 +219,18 @@ def test_files_with_repeated_genes_are_not_matched_by_name(tmp_path, backed):
 
 def test_files_agree_in_what_is_not_a_number_and_in_sparse_entries(tmp_path):
     uns = {"scores": np.array([1.0, np.nan]), "graph": sparse.csr_matrix(np.eye(2)), "words": np.array(["a", "b"])}
+    uns["ranked"] = np.rec.fromarrays([[2.0, np.nan], ["a", "b"]], names="score,gene")  # as scanpy's rank_genes_groups
+    uns["gaps"] = sparse.csr_matrix([[1.0, np.nan]])
     both = read_anndata(written(tmp_path, one=screen([[1]], "a", **uns), two=screen([[2]], "a", **uns)))
     assert both.uns.keys() == uns.keys()
+    for key, value in (
+        ("ranked", np.rec.fromarrays([[3.0, np.nan], ["a", "b"]], names="score,gene")),
+        ("ranked", np.rec.fromarrays([[2.0, np.nan], ["a", "b"]], names="score,name")),
+        ("gaps", sparse.csr_matrix([[2.0, np.nan]])),
+        ("gaps", sparse.csr_matrix([[np.nan, 1.0]])),
+    ):
+        with pytest.raises(ValueError, match=f"three.h5ad has another '{key}' than before"):
+            read_anndata([tmp_path / "one.h5ad", *written(tmp_path, three=screen([[2]], "a", **(uns | {key: value})))])
     other = uns | {"graph": sparse.csr_matrix(np.ones((2, 2)))}
     with pytest.raises(ValueError, match="three.h5ad has another 'graph' than before"):
         read_anndata([tmp_path / "one.h5ad", *written(tmp_path, three=screen([[2]], "a", **other))])
