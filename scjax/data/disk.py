@@ -44,7 +44,7 @@ class DiskMatrix(ABC):
     far ones are not.
     """
 
-    def __init__(self, shape: tuple[int, int], dtype: Any, is_sparse: bool):
+    def __init__(self, shape: tuple[int, ...], dtype: Any, is_sparse: bool):
         self.shape, self.dtype, self.is_sparse, self.ndim = shape, np.dtype(dtype), is_sparse, 2
 
     def __len__(self) -> int:
@@ -98,30 +98,49 @@ def stacked_arrays(parts: Sequence[Any]) -> Any:
     return np.concatenate([part.toarray() if sparse.issparse(part) else part for part in parts])
 
 
+def _opened_matrix(element: Any, place: str, n_cells: int) -> DiskMatrix:
+    """A matrix of an AnnData file; what is none, or cannot be read by rows, says so when it is asked for rows."""
+    from anndata.io import sparse_dataset
+
+    kind = element.attrs.get("encoding-type", "array")
+    is_sparse = kind in ("csr_matrix", "csc_matrix")
+    if not is_sparse and "encoding-type" in element.attrs and not hasattr(element, "shape"):
+        # anndata has checked the number of its rows when it was written; here nothing tells it.
+        return _Refused((n_cells, 1), f"{place} must be a matrix of numbers; it is of the kind {kind!r}.")
+    whole = _no_missing_chunks if is_sparse and hasattr(element, "store") else nullcontext
+    with whole():  # zarr looks at this when it opens the arrays, which anndata does at first use
+        data = sparse_dataset(element) if is_sparse else element
+        shape, dtype = tuple(map(int, data.shape)), np.dtype(data.dtype)
+    if kind == "csc_matrix":
+        return _Refused(
+            shape,
+            f"{place} is stored by columns (CSC), of which no row can be read without reading all. Write it again "
+            "by rows (adata.X = adata.X.tocsr()), or read it into memory.",
+        )
+    if len(shape) != 2 or dtype.kind not in "buif":
+        return _Refused(shape, f"{place} must be a matrix of numbers; its shape is {shape}, its dtype {dtype}.")
+    return _Element(data, place, is_sparse, whole)
+
+
+class _Refused(DiskMatrix):
+    """What lies beside the matrices that are read, and need not trouble who reads those."""
+
+    def __init__(self, shape: tuple[int, ...], why: str):
+        # A column and a dtype, as there are matrices that are made of others, unread, by their widths and dtypes.
+        super().__init__(shape if len(shape) > 1 else (*shape, 1), np.float32, False)
+        self._why = why
+
+    def _read(self, start: int, stop: int) -> Any:
+        raise ValueError(self._why)
+
+
 class _Element(DiskMatrix):
     """A matrix of an AnnData file: a CSR group, or a dense array."""
 
-    def __init__(self, element: Any, place: str):
-        from anndata.io import sparse_dataset
-
-        self._place = place
-        kind = element.attrs.get("encoding-type", "array")
-        if kind == "csc_matrix":
-            raise ValueError(
-                f"{place} is stored by columns (CSC), of which no row can be read without reading all. Write it again "
-                "by rows (adata.X = adata.X.tocsr()), or read it into memory."
-            )
-        is_sparse = kind == "csr_matrix"
-        self._whole = _no_missing_chunks if is_sparse and hasattr(element, "store") else nullcontext
-        with self._whole():  # zarr looks at this when it opens the arrays, which anndata does at first use
-            self._data = sparse_dataset(element) if is_sparse else element
-            dtype = np.dtype(self._data.dtype)
-        if len(self._data.shape) != 2 or dtype.kind not in "buif":
-            raise ValueError(
-                f"{place} must be a matrix of numbers; its shape is {tuple(self._data.shape)}, its dtype {dtype}."
-            )
-        n, width = map(int, self._data.shape)
-        super().__init__((n, width), dtype, is_sparse)
+    def __init__(self, data: Any, place: str, is_sparse: bool, whole: Any):
+        n, width = map(int, data.shape)
+        super().__init__((n, width), data.dtype, is_sparse)
+        self._data, self._place, self._whole = data, place, whole
 
     def _read(self, start: int, stop: int) -> Any:
         from scipy import sparse
@@ -350,7 +369,8 @@ def open_cells(path: Path) -> CellsOnDisk:
     """A .h5ad file or a .zarr folder; `source.read_anndata` has looked whether it is one. The file stays open.
 
     Raises:
-        ValueError: a matrix by columns, of something else than numbers, or of other cells or genes than obs and var.
+        ValueError: a matrix of other cells or genes than obs and var. One by columns, or of something else than
+            numbers, raises when rows of it are asked for.
         Exception: what anndata raises for a broken element, with a note that names the file.
     """
     from anndata.io import read_elem
@@ -365,8 +385,9 @@ def open_cells(path: Path) -> CellsOnDisk:
             for name in group[kind] if kind in group else ():
                 element = group[kind][name]
                 is_table = element.attrs.get("encoding-type") == "dataframe"
-                matrices[str(name)] = read_elem(element) if is_table else _Element(element, f"{path}, {kind}/{name}")
-        x = _Element(group["X"], f"{path}, X") if "X" in group else None
+                place = f"{path}, {kind}/{name}"
+                matrices[str(name)] = read_elem(element) if is_table else _opened_matrix(element, place, len(obs))
+        x = _opened_matrix(group["X"], f"{path}, X", len(obs)) if "X" in group else None
         _check_shapes(path, (len(obs), len(var)), {"X": {"": x}, **found})
     except ValueError:
         raise

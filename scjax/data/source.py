@@ -247,8 +247,8 @@ def read_anndata(path: str | Path | Sequence[str | Path], *, backed: bool = Fals
     the next, with the genes in the order of the first, the obs columns that all have, and the uns of all.
 
     Args:
-        backed: leave X, layers and obsm on disk, where rows are read when they are asked for. The files must be CSR or
-            dense.
+        backed: leave X, layers and obsm on disk, where rows are read when they are asked for. What is neither CSR nor
+            dense numbers raises a ValueError then.
 
     Raises:
         ValueError: several files of other genes, or with the same obs_names, or uns that contradict each other.

@@ -263,6 +263,9 @@ def predicting_velocity(
             raise ValueError(
                 f"obsm holds {key!r} and {key + '_before'!r}, as which the former would be kept: rename one."
             )
+    # Read before anything is computed, as on disk there may be some that cannot be.
+    kept = {f"{key}_before" if key in ours else key: adata.obsm[key] for key in adata.obsm}
+    kept = {key: matrix[:] if is_on_disk(matrix) else matrix for key, matrix in kept.items()}
     latent = project(trained, adata)
     times = trained.spec.read_times(adata)
     populations = [np.flatnonzero(times == t) for t in np.unique(times)]
@@ -287,7 +290,6 @@ def predicting_velocity(
                 {"velocity": trained.transform.inverse_velocity(v[rows]), "Ms": x},
             )
 
-    kept = {f"{key}_before" if key in ours else key: adata.obsm[key] for key in adata.obsm}
     return Prediction(
         n_cells=len(latent),
         genes=trained.transform.feature_names,
@@ -296,7 +298,7 @@ def predicting_velocity(
         | {"scjax": record(trained, space=_SPACE)},
         obsm={"X_latent": latent.shape[1], "velocity_latent": latent.shape[1]},
         layers=("velocity", "Ms"),
-        tables={key: matrix[:] if is_on_disk(matrix) else matrix for key, matrix in kept.items()} | arrows,
+        tables=kept | arrows,
         graphs=graphs,
     )
 

@@ -206,8 +206,10 @@ def test_files_that_cannot_be_read_by_rows(tmp_path):
     adata = make_adata()
     adata.X = sparse.csc_matrix(adata.X)
     adata.write_h5ad(tmp_path / "columns.h5ad")
-    with pytest.raises(ValueError, match=r"columns.h5ad, X is stored by columns \(CSC\).*tocsr"):
-        read_anndata(tmp_path / "columns.h5ad", backed=True)
+    cells = read_anndata(tmp_path / "columns.h5ad", backed=True)
+    for use in (lambda: cells.X[:3], lambda: cells[[4, 2]].X[:], lambda: SPEC.check(cells)):
+        with pytest.raises(ValueError, match=r"columns.h5ad, X is stored by columns \(CSC\).*tocsr"):
+            use()
     adata.X = None
     adata.write_h5ad(tmp_path / "none.h5ad")
     cells = read_anndata(tmp_path / "none.h5ad", backed=True)
@@ -217,6 +219,43 @@ def test_files_that_cannot_be_read_by_rows(tmp_path):
     wide = disk.Derived((30, 10_001), lambda rows: np.ones((len(rows), 10_001), np.float32))
     with pytest.raises(ValueError, match="needs the covariance of their genes in memory, 0.8 GB"):
         fit(Preprocess(n_components=2), wide, [f"g{i}" for i in range(10_001)], "counts")
+
+
+@pytest.mark.parametrize("suffix", [".h5ad", ".zarr"])
+def test_a_matrix_that_cannot_be_read_is_refused_where_it_is_asked_for(tmp_path, suffix):
+    """And not before: who reads X need not mind what lies beside it, in one file or in several."""
+    adata = make_adata()
+    adata.layers["columns"] = sparse.csc_matrix(adata.X)
+    adata.obsm["deep"] = np.zeros((N_CELLS, 2, 2))
+    adata.obsm["words"] = np.full((N_CELLS, 1), "a", dtype=object)
+    paths = [tmp_path / f"{name}{suffix}" for name in ("one", "two")]
+    for path in paths:
+        adata.obs_names = [f"{path.stem}_{i}" for i in range(N_CELLS)]
+        (adata.write_zarr if suffix == ".zarr" else adata.write_h5ad)(path)
+    for cells in (read_anndata(paths[0], backed=True), read_anndata(paths, backed=True)):
+        SPEC.check(cells)
+        np.testing.assert_array_equal(cells.X[:N_CELLS].toarray(), adata.X.toarray())
+        for matrix, message in (
+            (cells.layers["columns"], r"one.*, layers/columns is stored by columns"),
+            (cells.obsm["deep"], r"one.*, obsm/deep must be a matrix of numbers; its shape is \(60, 2, 2\)"),
+            (cells.obsm["words"], r"one.*, obsm/words must be a matrix of numbers; its shape is \(60, 1\), its dtype"),
+        ):
+            for rows in (slice(0, 3), np.array([5, 1])):
+                with pytest.raises(ValueError, match=message):
+                    matrix[rows]
+
+
+def test_a_ragged_entry_is_refused_where_it_is_asked_for(tmp_path):
+    """Receptors of immune cells are kept so: a group without a shape. awkward itself is no dependency."""
+    import h5py
+
+    make_adata().write_h5ad(tmp_path / "cells.h5ad")
+    with h5py.File(tmp_path / "cells.h5ad", "r+") as file:
+        file.create_group("obsm/airr").attrs.update({"encoding-type": "awkward-array", "encoding-version": "0.1.0"})
+    cells = read_anndata(tmp_path / "cells.h5ad", backed=True)
+    SPEC.check(cells)
+    with pytest.raises(ValueError, match="obsm/airr must be a matrix of numbers; it is of the kind 'awkward-array'"):
+        cells.obsm["airr"][:]
 
 
 @pytest.mark.parametrize("column", [N_GENES, -1])
@@ -248,6 +287,8 @@ def test_a_column_beyond_the_last_is_no_value_of_the_next_cell(tmp_path, suffix,
     [
         ("X", np.ones((5, 3)), r"X must have as many rows as obs and columns as var, 6 x 3; its shape is \(5, 3\)"),
         ("layers/raw", np.ones((6, 4)), r"layers/raw must have .* 6 x 3; its shape is \(6, 4\)"),
+        ("layers/raw", sparse.csc_matrix(np.ones((6, 4))), r"layers/raw must have .* 6 x 3; its shape is \(6, 4\)"),
+        ("obsm/z", np.ones((7, 2, 2)), r"obsm/z must have as many rows as obs, 6; its shape is \(7, 2, 2\)"),
         ("obsm/z", np.ones((7, 2)), r"obsm/z must have as many rows as obs, 6; its shape is \(7, 2\)"),
     ],
 )

@@ -130,6 +130,17 @@ def test_evaluate(run, capsys, tmp_path):
     assert "exists already" in refused(capsys, "evaluate", "--runs", run, "--data", "cells.h5ad", "--out", out)
 
 
+def test_show_of_cells_that_lie_by_columns_on_disk(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("scjax.cli._LARGE", 0)
+    adata = make_adata()
+    adata.X = sparse.csc_matrix(adata.X)
+    adata.write_h5ad(tmp_path / "columns.h5ad")
+    main(["show", str(tmp_path / "columns.h5ad")])
+    shown = capsys.readouterr().out
+    assert "columns.h5ad: 46 cells x 12 genes" in shown
+    assert "X: not looked at" in shown
+
+
 def test_show(run, capsys):
     main(["show"])
     listed = capsys.readouterr().out

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import sparse
 from test_cli import refused
 from tiny_cellsets import EXPERIMENT, GENES, MODEL, make_adata
 
@@ -231,8 +232,11 @@ def test_mistakes(arguments, message, capsys):
     assert re.search(message, told), told
 
 
-def test_genes_of_a_file(cellset_trained, tmp_path):
-    logged(cellset_trained).write_h5ad(tmp_path / "cells.h5ad")
+@pytest.mark.parametrize("form", [sparse.csr_matrix, sparse.csc_matrix])  # of which the names alone are read
+def test_genes_of_a_file(cellset_trained, tmp_path, form):
+    adata = logged(cellset_trained)
+    adata.X = form(adata.X)
+    adata.write_h5ad(tmp_path / "cells.h5ad")
     main(["convert", "average.npz", "--out", str(tmp_path / "c"), "--genes", str(tmp_path / "cells.h5ad")])
     assert convert.load(tmp_path / "c").genes == cellset_trained.genes
 

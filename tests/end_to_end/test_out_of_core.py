@@ -108,6 +108,15 @@ def assert_same_cells(found, wanted):
     assert {k: np.asarray(v).item() for k, v in found.uns["scjax"].items()} == dict(wanted.uns["scjax"])
 
 
+def test_an_embedding_that_cannot_be_kept_ends_velocities_before_they_are_computed(trained, tmp_path, monkeypatch):
+    adata = tiny_series.make_adata()
+    adata.obsm["deep"] = np.zeros((adata.n_obs, 2, 2))
+    cells = on_disk(adata, tmp_path / "cells.h5ad")
+    monkeypatch.delattr("scjax.predict.timeseries.project")
+    with pytest.raises(ValueError, match="obsm/deep must be a matrix of numbers"):
+        predict.timeseries.predicting_velocity(trained, cells)
+
+
 def test_velocities_are_written_as_they_are_made(trained, tmp_path):
     cells = on_disk(tiny_series.make_adata(), tmp_path / "cells.zarr")
     predict.timeseries.predicting_velocity(trained, cells).write(tmp_path / "v.h5ad")
