@@ -338,7 +338,9 @@ def _same(one: Any, other: Any) -> bool:
     if sparse.issparse(one) or sparse.issparse(other):
         alike = sparse.issparse(one) and sparse.issparse(other) and np.shape(one) == np.shape(other)
         # NaN is other than itself: what differs must be NaN in both.
-        return alike and (one != other).nnz == (one != one).multiply(other != other).nnz
+        a: Any = one
+        b: Any = other
+        return alike and (a != b).nnz == (a != a).multiply(b != b).nnz
     one, other = np.asarray(one), np.asarray(other)
     if one.dtype.names or other.dtype.names:  # records, of which array_equal knows no NaN
         return one.dtype.names == other.dtype.names and all(_same(one[name], other[name]) for name in one.dtype.names)
