@@ -661,9 +661,8 @@ def _value_chunks(matrix: Any) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
             f"is no array in memory but {type(matrix).__name__}. Call adata.to_memory(), or read the file with "
             "read_anndata(path, backed=True)."
         )
-    look: Any = getattr(
-        matrix, "check_format", None
-    )  # of sparse matrices; what lies on disk is looked at when it is read
+    # Of sparse matrices in memory; what lies on disk is looked at when it is read.
+    look: Any = getattr(matrix, "check_format", None)
     if look is not None:
         try:
             look(full_check=True)

@@ -284,7 +284,7 @@ def _read_about(folder: Path) -> dict[str, Any]:
 def _is_alive(process: int) -> bool:
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):  # no process has a number as large as some names tell
         return False
     except PermissionError:
         return True

@@ -102,10 +102,10 @@ def test_what_a_killed_writer_left_is_removed(tmp_path, monkeypatch):
     """
     x = cells(True)
     monkeypatch.setattr(store.socket, "gethostname", lambda: "here")
-    gone = f"key.part-here-{2**22 + 5}.0a"
+    gone = {f"key.part-here-{number}.0a" for number in (2**22 + 5, 2**70)}
     others = {f"key.part-here-{os.getppid()}.0a", "key.part-there-1.0a", f"key.part-here-1-{2**22 + 5}.0a"}
     namesake = f"key.part-here-{os.getpid()}.0a"
-    for name in (gone, namesake, *others):
+    for name in (*gone, namesake, *others):
         (tmp_path / name).mkdir()
     store_cells(tmp_path, "key", x.shape, parts_of(x))
     assert {p.name for p in tmp_path.iterdir()} == {"key", namesake, *others}
