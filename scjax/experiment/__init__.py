@@ -29,6 +29,7 @@ from scjax.experiment.run import (
     check_same_settings,
     check_seeds,
     comparable_runs,
+    holds_run,
     train_task,
 )
 from scjax.experiment.seeds import SeedRuns, check_group, train_tasks
@@ -185,7 +186,8 @@ def train_seeds(
         together: so many at most are trained at a time, for each holds its parameters, its activations and its copy of
             the prepared data in memory; None trains all at once. What is left over makes a smaller group, which is
             compiled once more.
-        resume: all of them, each from its newest checkpoint; one that is ahead waits for the others.
+        resume: all of them, each from its newest checkpoint; one that is ahead waits for the others, and one whose
+            folder holds no run yet begins. One at least must hold a run.
         hooks: are told of each group: the mean of each metric over its seeds. They are handed no checkpoint.
 
     Returns:
@@ -199,9 +201,12 @@ def train_seeds(
     hosts.refuse_several("train_seeds")
     folders = [Path(folder) for folder in workdirs]
     check_group(folders, seeds, together)
-    for folder, seed in zip(folders, seeds, strict=True):
-        admit(folder, resume, None)
-        if resume:
+    begun = [resume and holds_run(folder) for folder in folders]
+    if not any(begun):
+        begun = [resume] * len(folders)  # where that is True, the first is refused
+    for folder, seed, resumed in zip(folders, seeds, begun, strict=True):
+        admit(folder, resumed, None)
+        if resumed:
             check_same_settings(read_experiment(folder), replace(experiment, seed=seed), folder)
     module = _KINDS[experiment.kind][1]
     module.check(adata, experiment.spec)

@@ -27,7 +27,7 @@ from scjax.data.spec import AnnData, DataSpec
 from scjax.train.hooks import Hook, JsonlLogger, SaveCheckpoints, read_log
 from scjax.train.loop import NonFiniteError, Validate, fit
 from scjax.train.optimizers import make_optimizer
-from scjax.train.state import TrainState, init_state
+from scjax.train.state import TrainState, state_form
 from scjax.types import Batch, Model, Params
 
 __all__ = [
@@ -46,6 +46,7 @@ __all__ = [
     "check_validation",
     "comparable_runs",
     "data_digest",
+    "holds_run",
     "loop_options",
     "record_failure",
     "recorded_failure",
@@ -138,6 +139,10 @@ def check_validation(experiment: Any) -> None:
         raise ValueError(f"validate_every must be a multiple of scan_steps; got {every} and {experiment.scan_steps}.")
 
 
+def holds_run(workdir: Path) -> bool:
+    return (workdir / _SETTINGS).exists()
+
+
 def admit(workdir: Path, resume: bool, step: int | None) -> None:
     """Refuses a folder that holds something else, one that holds nothing to resume, and one that is being written into.
 
@@ -145,16 +150,16 @@ def admit(workdir: Path, resume: bool, step: int | None) -> None:
     """
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"workdir must be a folder; {workdir} is a file.")
-    settings, steps = workdir / _SETTINGS, checkpoint.list_steps(workdir / "checkpoints")
+    steps = checkpoint.list_steps(workdir / "checkpoints")
     if not resume:
         if step is not None:
             raise ValueError(f"step={step} says where to resume from; it needs resume=True.")
         if workdir.is_dir() and any(not _is_left_over(path) for path in workdir.iterdir()):
-            what = "another run" if settings.exists() else "other files"
-            mend = ", or continue the run in it (resume=True)" if settings.exists() else ""
+            what = "another run" if holds_run(workdir) else "other files"
+            mend = ", or continue the run in it (resume=True)" if holds_run(workdir) else ""
             raise ValueError(f"workdir {workdir} holds {what}; nothing is overwritten. Choose a new folder{mend}.")
         return
-    if not settings.exists():
+    if not holds_run(workdir):
         raise ValueError(f"resume=True, but {workdir} holds no run. Start it in a new folder, with resume=False.")
     if step is not None and not steps:
         raise ValueError(f"step={step}, but the run in {workdir} ended before its first checkpoint. Leave step out.")
@@ -225,6 +230,7 @@ def train_task(
             batches,
             key=begun.key,
             state=begun.state,
+            donate_state=True,
             hooks=(*begun.hooks(writer), *hooks),
             mesh=mesh,
             shard_above=shard_above,
@@ -266,7 +272,7 @@ class Begun(NamedTuple):
     """A run whose folder is ready, before its first step or the next one.
 
     Attributes:
-        params, key: of the first step.
+        params, key: of the first step; of a run that goes on from `state` the shapes of the parameters alone.
         tx: its optimizer.
         state: that of the checkpoint of `step`, from which it is resumed.
         about: what every checkpoint tells.
@@ -310,10 +316,12 @@ def begin(
     """
     tx = make_optimizer(experiment.optimizer, experiment.n_steps)
     key_init, key_train = jax.random.split(jax.random.key(experiment.seed))
-    params, state = start(key_init), None
-    if resume and checkpoint.list_steps(workdir / "checkpoints"):
+    if not (resume and checkpoint.list_steps(workdir / "checkpoints")):
+        params, state = start(key_init), None
+    else:
+        params = jax.eval_shape(start, key_init)
         ema, best = experiment.ema_decay is not None, task.validate is not None
-        template = jax.eval_shape(lambda p, k: init_state(p, tx, k, ema=ema, best=best), params, key_train)
+        template = state_form(params, tx, key_train, ema=ema, best=best)
         if mesh is not None:
             template = meshes.template(template, mesh, shard_above)
         saved = checkpoint.read(workdir / "checkpoints", step, like={"state": template})
@@ -342,9 +350,7 @@ def _write_settings(workdir: Path, settings: str, split: str, resume: bool) -> N
         for name, text in ((_SETTINGS, settings), (_SPLIT, split)):
             path = workdir / name
             if not path.exists():
-                part = path.with_name(path.name + _PART)
-                part.write_text(text, encoding="utf-8")
-                part.replace(path)
+                _write_whole(path, text)
             elif not resume:
                 raise ValueError(f"another run began in {workdir} meanwhile; choose a new folder.")
             elif name == _SPLIT and path.read_text(encoding="utf-8") != text:
@@ -392,9 +398,19 @@ def _what_is_left(workdir: Path) -> str:
 
 
 def record_failure(workdir: Path, error: NonFiniteError) -> None:
+    """Writes failed.json, whole or not at all; where the disk takes nothing, the error says so and remains the news."""
     metrics = {name: value if math.isfinite(value) else str(value) for name, value in error.metrics.items()}
     told = {"step": error.step, "term": error.term, "metrics": metrics, "message": str(error)}
-    (workdir / FAILED).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    try:
+        _write_whole(workdir / FAILED, json.dumps(told, indent=2) + "\n")
+    except OSError as err:
+        error.add_note(f"{workdir / FAILED} could not be written: {err.strerror}.")
+
+
+def _write_whole(path: Path, text: str) -> None:
+    part = path.with_name(path.name + _PART)
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
 
 
 def data_digest(adata: AnnData, spec: DataSpec, labels: Iterable[bytes]) -> str:

@@ -17,13 +17,14 @@ from scjax.experiment.run import (
     Task,
     begin,
     check_resumed,
+    holds_run,
     loop_options,
     record_failure,
     store_for,
     tell,
     validation_options,
 )
-from scjax.train.ensemble import Member, fit_together
+from scjax.train.ensemble import fit_together
 from scjax.train.hooks import Hook
 from scjax.train.loop import NonFiniteError
 
@@ -34,7 +35,7 @@ class SeedRuns(NamedTuple):
     """What training with several seeds leaves.
 
     Attributes:
-        runs: of each seed, in the order asked for; the state of one that failed is its last good one.
+        runs: of each seed, in the order asked for; the state of one that failed is that of its error.
         failed: by seed, why a run stopped before its end.
     """
 
@@ -68,27 +69,35 @@ def train_tasks(
     hooks: Sequence[Hook],
 ) -> SeedRuns:
     """One program for all of these; `admit` has let each of them in. See `scjax.experiment.train_seeds`."""
-    if resume:
-        for workdir in workdirs:
+    resumed = [resume and holds_run(workdir) for workdir in workdirs]
+    for workdir, goes_on in zip(workdirs, resumed, strict=True):
+        if goes_on:
             check_resumed(experiment, workdir, None, digest)
+        elif resume:
+            sys.stderr.write(f"{workdir} holds no run yet; its seed begins.\n")
     settings = [replace(experiment, seed=seed) for seed in seeds]
     store = store_for(workdirs[0], adata, digest)
     tasks = [prepare(one, adata, store) for one in settings]
     first = tasks[0]
     for seed, task in zip(seeds[1:], tasks[1:], strict=True):
         _check_same_task(first, task, seeds[0], seed)
-    if not resume:
-        for task in tasks:
+    for task, goes_on in zip(tasks, resumed, strict=True):
+        if not goes_on:
             task.findings.stop()
     start = first.start or jax.jit(first.model.init)
     begun = [
-        begin(one, task, adata, workdir, digest, task.start or start, resume, None)
-        for one, task, workdir in zip(settings, tasks, workdirs, strict=True)
+        begin(one, task, adata, workdir, digest, task.start or start, goes_on, None)
+        for one, task, workdir, goes_on in zip(settings, tasks, workdirs, resumed, strict=True)
     ]
     tell(first)
     validation = {}
     if first.validate is not None:
         validation = {"validate": [task.validate for task in tasks], **validation_options(experiment)}
+
+    def recorded(number: int, error: NonFiniteError) -> None:
+        record_failure(workdirs[number], error)
+        sys.stderr.write(f"seed {seeds[number]} stopped, the others go on without it: {error}\n")
+
     with ExitStack() as stack:
         writers = [stack.enter_context(one.writer()) for one in begun]
         members = fit_together(
@@ -100,20 +109,14 @@ def train_tasks(
             states=[one.state for one in begun],
             hooks=[one.hooks(writer) for one, writer in zip(begun, writers, strict=True)],
             group_hooks=hooks,
+            on_failure=recorded,
             **loop_options(experiment, first),
             **validation,
         )
-    return _left(seeds, tasks, members, workdirs)
-
-
-def _left(seeds: Sequence[int], tasks: Sequence[Task], members: Sequence[Member], workdirs: Sequence[Path]) -> SeedRuns:
-    runs, failed = [], {}
-    for seed, task, member, workdir in zip(seeds, tasks, members, workdirs, strict=True):
-        runs.append(Run(member.state, task.data, workdir))
-        if member.error is not None:
-            failed[seed] = member.error
-            record_failure(workdir, member.error)
-            sys.stderr.write(f"seed {seed} stopped, the others go on without it: {member.error}\n")
+    runs = (
+        Run(member.state, task.data, workdir) for member, task, workdir in zip(members, tasks, workdirs, strict=True)
+    )
+    failed = {seed: one.error for seed, one in zip(seeds, members, strict=True) if one.error is not None}
     return SeedRuns(tuple(runs), failed)
 
 

@@ -32,7 +32,7 @@ from .loop import (
     sigterm,
     validated,
 )
-from .state import Best, TrainState, init_state, own_copy
+from .state import Best, TrainState, init_state, own_copy, state_form
 from .step import EmaStart, make_update, select
 
 __all__ = ["Member", "fit_together", "make_group_update"]
@@ -42,7 +42,7 @@ class Member(NamedTuple):
     """What became of one run of the group.
 
     Attributes:
-        state: after its last step; of a run that stopped, the last good one.
+        state: after its last step; of a run that stopped, that of its `error`.
         error: why it stopped, where a number of it was not finite. The others went on.
     """
 
@@ -112,6 +112,7 @@ def fit_together(
     stream: Stream | None = None,
     hooks: Sequence[Sequence[Hook]] | None = None,
     group_hooks: Sequence[Hook] = (),
+    on_failure: Callable[[int, NonFiniteError], None] | None = None,
     log_every: int = 10,
     checkpoint_every: int | None = None,
     validate: Sequence[Validate] | None = None,
@@ -129,6 +130,7 @@ def fit_together(
         hooks: those of each run; they are told of their run alone.
         group_hooks: are told of all of them: the mean of each metric over the runs that made the step. They are handed
             no checkpoint.
+        on_failure: is told at once of a run that stopped: its place among the runs, and why.
         validate: of each run.
         patience: a run that is out of it rests, while others go on; it costs what it did.
 
@@ -152,28 +154,30 @@ def fit_together(
             raise ValueError(f"{name} must hold one for each of the {n_runs} runs in params; it holds {len(values)}.")
 
     runs = []
+    parts = {"ema": ema_decay is not None, "best": validate is not None}
     for r in range(n_runs):
-        fresh = init_state(params[r], tx, keys[r], ema=ema_decay is not None, best=validate is not None)
         state = states[r]
         if state is not None:
-            check_same_form(state, fresh)
+            check_same_form(state, state_form(params[r], tx, keys[r], **parts))
         start = 0 if state is None else int(state.step)
         if start > n_steps:
             raise ValueError(
                 f"n_steps must be at least the {start} steps that run {r} has done already; got {n_steps}."
             )
-        state = fresh if state is None else state
+        state = init_state(params[r], tx, keys[r], **parts) if state is None else state
         patient = Patience(validate_every, patience)
-        runs.append(_Run(r, hooks[r], start, state.best, patient, start == n_steps or patient.is_out(state)))
+        is_over = start == n_steps or patient.is_out(state)
+        runs.append(_Run(r, hooks[r], start, state.best, patient, is_over, on_failure))
         states[r] = state._replace(best=None)  # pyright: ignore[reportArgumentType, reportCallIssue]
     together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
-    del states, fresh, state
+    del states, state
     if not any(run.is_on for run in runs):
         return [run.member(together) for run in runs]
 
     update = make_group_update(loss_fn, tx, ema_decay, ema_every=ema_every, ema_start=ema_start)
     start = min(run.start for run in runs if run.is_on)
     with ExitStack() as stack:
+        terminated = stack.enter_context(sigterm())  # until the hooks have ended
         for run in runs:
             for hook in run.hooks if run.is_on else ():
                 stack.callback(hook.on_end)
@@ -181,18 +185,17 @@ def fit_together(
         for hook in group_hooks:
             stack.callback(hook.on_end)
             hook.on_start(start, n_steps)
-        terminated = stack.enter_context(sigterm())
         told = [*group_hooks, *(hook for run in runs if run.is_on for hook in run.hooks)]
         together_at = lambda n: _stacked([batch_at(n) for batch_at in batches])  # noqa: E731
-        chunks = chunks_of(stream or in_order, together_at, start, n_steps, scan_steps, told)
+        chunks = chunks_of(stream or in_order, together_at, start, n_steps, scan_steps)
         stack.callback(chunks.close)
         advance = Runner(update, scan_steps, told)
         log = _Log(runs, group_hooks, log_every, n_steps)
-        for first, stop, chunk in chunks:
+        for first, stop, chunk, waited in chunks:
             if terminated():
                 break
             running = jnp.asarray([run.is_on for run in runs])
-            together, metrics = advance(together, chunk, first, stop, running)
+            together, metrics = advance(together, chunk, first, stop, waited, running)
             log.add(first, stop, metrics)
             validating = validate is not None and (stop % validate_every == 0 or stop == n_steps)
             saving = checkpoint_every is not None and stop % checkpoint_every == 0
@@ -211,8 +214,9 @@ def fit_together(
         log.flush(together, n_pending=0)
         for run in runs:
             run.save(together)
+        for hook in told:
+            hook.on_finish()
         if terminated():
-            told = [hook for run in runs for hook in run.hooks]
             raise Interrupted(max(int(run.of(together).step) for run in runs), newest_saved(told))
     return [run.member(together) for run in runs]
 
@@ -221,9 +225,16 @@ class _Run:
     """One run of the group, seen from the host."""
 
     def __init__(
-        self, number: int, hooks: Sequence[Hook], start: int, best: Best | None, patient: Patience, is_over: bool
+        self,
+        number: int,
+        hooks: Sequence[Hook],
+        start: int,
+        best: Best | None,
+        patient: Patience,
+        is_over: bool,
+        on_failure: Callable[[int, NonFiniteError], None] | None,
     ):
-        self.number, self.hooks, self.start, self.patient = number, hooks, start, patient
+        self.number, self.hooks, self.start, self.patient, self.on_failure = number, hooks, start, patient, on_failure
         self.best = best if best is None else own_copy(best)
         self.is_on = not is_over
         self.error: NonFiniteError | None = None
@@ -235,9 +246,10 @@ class _Run:
     def member(self, together: TrainState) -> Member:
         return Member(self.of(together), self.error)
 
-    def fail(self, step: int, metrics: Mapping[str, float], together: TrainState) -> None:
-        self.error = not_finite(step, metrics, self.of(together), self.hooks)
-        self.is_on = False
+    def fail(self, error: NonFiniteError) -> None:
+        self.error, self.is_on = error, False
+        if self.on_failure is not None:
+            self.on_failure(self.number, error)
 
     def is_out(self, together: TrainState) -> bool:
         return self.patient.is_out(self.of(together))
@@ -248,7 +260,7 @@ class _Run:
         try:
             self.best = validated(self.of(together), validate, self.hooks).best
         except NonFiniteError as err:
-            self.error, self.is_on = err, False
+            self.fail(err)
 
     def save(self, together: TrainState) -> None:
         if not self.is_on:
@@ -256,8 +268,11 @@ class _Run:
         state = self.of(together)
         if int(state.step) > self.last_saved:
             self.last_saved = int(state.step)
-            for hook in self.hooks:
-                hook.on_checkpoint(state)
+            try:
+                for hook in self.hooks:
+                    hook.on_checkpoint(state)
+            except NonFiniteError as err:
+                self.fail(err)
 
 
 class _Log:
@@ -285,7 +300,8 @@ class _Log:
                 continue
             now = named_metrics({name: values[run.number] for name, values in metrics.items()})
             if not now.pop("finite"):
-                run.fail(step, now, together)
+                when = f"after {step} good steps, in the next one"
+                run.fail(not_finite(when, step, now, run.of(together), run.hooks))
                 continue
             told.append(now)
             for hook in run.hooks if due else ():

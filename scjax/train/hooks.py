@@ -6,26 +6,20 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from scjax.checkpoint import CheckpointWriter
 
+from .errors import NonFiniteError, Saved
 from .state import TrainState
 
 __all__ = ["Hook", "JsonlLogger", "Progress", "SaveCheckpoints", "Saved", "TensorBoard", "read_log"]
 
 VALIDATION = "validation_"  # before the names of scores, which `on_log` is told beside the metrics of steps
 _BAR = "{desc}{percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
-
-
-class Saved(NamedTuple):
-    """Where a run can be taken up again."""
-
-    directory: Path
-    step: int
 
 
 class Hook:
@@ -52,6 +46,11 @@ class Hook:
 
     def on_checkpoint(self, state: TrainState) -> None:
         """Every `checkpoint_every` steps, at the end, at SIGTERM. The next step takes the arrays: copy to keep."""
+
+    def on_finish(self) -> None:
+        """After the last step and what belongs to it, also at SIGTERM, not after an error: complete what is under way.
+        The run counts as saved when this has returned; what it raises ends the run, on all of its processes.
+        """
 
     def on_end(self) -> None:
         """Whatever ended the run, also an error. Called once for every hook that was started."""
@@ -273,7 +272,7 @@ class SaveCheckpoints(Hook):
     The hook waits for the last write at the end of the run; opening and closing the writer is the caller's.
 
     Raises:
-        ArithmeticError: parameters that are not finite are not saved. The loop looks at loss and gradient, and would
+        NonFiniteError: parameters that are not finite are not saved. The loop looks at loss and gradient, and would
             meet them in the next step.
     """
 
@@ -288,15 +287,16 @@ class SaveCheckpoints(Hook):
 
     def on_checkpoint(self, state: TrainState) -> None:
         if not _all_finite((state.params, state.ema)):
-            where = f"step {self.saved.step} in {self.saved.directory}" if self.saved else "none was written"
-            raise ArithmeticError(
-                f"the parameters after step {int(state.step)} are not finite, as its update was too large. The last "
-                f"good checkpoint: {where}. A lower learning rate or clip_norm is the usual mend."
-            )
+            step = int(state.step)
+            problem = f"the parameters after step {step} are not finite, as its update was too large"
+            raise NonFiniteError(problem, step=step, term="parameters", metrics={}, state=state, saved=self.saved)
         self.writer.save(int(state.step), {"state": state, **self.extra})
 
-    def on_end(self) -> None:
+    def on_finish(self) -> None:
         self.writer.wait()
+
+    def on_end(self) -> None:
+        self.writer.wait()  # after an error; else nothing is left to wait for
 
     @property
     def saved(self) -> Saved | None:

@@ -22,8 +22,9 @@ from scjax import mesh as meshes
 from scjax.check import at_least
 from scjax.types import Batch, LossFn, Params
 
-from .hooks import VALIDATION, Hook, Saved
-from .state import Best, TrainState, init_state, own_copy
+from .errors import Interrupted, NonFiniteError, Saved
+from .hooks import VALIDATION, Hook
+from .state import Best, TrainState, init_state, own_copy, state_form
 from .step import EmaStart, make_scanned_update
 
 __all__ = ["Interrupted", "NonFiniteError", "Stream", "Validate", "fit", "in_order"]  # the rest serves `ensemble` too
@@ -32,45 +33,6 @@ _log_of_module = logging.getLogger(__name__)
 
 Stream: TypeAlias = Callable[..., Iterable[Any]]
 Validate: TypeAlias = Callable[[Params], Mapping[str, Any]]
-
-
-class NonFiniteError(ArithmeticError):
-    """A loss, a term or a gradient was NaN or infinite. Nothing was learned from that step.
-
-    Attributes:
-        step: finished steps before the one that failed (its number for keys and batches).
-        term: the first name that was not finite.
-        metrics: all of that step's.
-        state: the last good one.
-        saved: the newest checkpoint of the run, if a hook writes any.
-    """
-
-    def __init__(self, step: int, term: str, metrics: Mapping[str, float], state: TrainState, saved: Saved | None):
-        self.step, self.term, self.metrics, self.state, self.saved = step, term, dict(metrics), state, saved
-        values = ", ".join(f"{name} {value:.6g}" for name, value in metrics.items())
-        where = f"step {saved.step} in {saved.directory}" if saved else "none was written"
-        super().__init__(
-            f"{term} is {metrics[term]} after {step} good steps, in the next one ({values}). "
-            f"The last good checkpoint: {where}. A lower learning rate or clip_norm is the usual mend."
-        )
-
-
-class Interrupted(SystemExit):
-    """SIGTERM came, and what was done is with the hooks. Uncaught, it ends Python with its message and status 1; the
-    command line ends with status 0 and the command to go on.
-
-    Attributes:
-        step: finished steps.
-        saved: the checkpoint to resume from, if a hook writes any.
-    """
-
-    def __init__(self, step: int, saved: Saved | None):
-        self.step, self.saved = step, saved
-        if saved:
-            resume = f"step {saved.step} is saved in {saved.directory}: continue with resume=True (--resume)."
-        else:
-            resume = "there is no checkpoint of this run."
-        super().__init__(f"Stopped by SIGTERM after step {step}; {resume}")
 
 
 def fit(
@@ -86,6 +48,7 @@ def fit(
     ema_every: int = 1,
     ema_start: EmaStart = "initial",
     state: TrainState | None = None,
+    donate_state: bool = False,
     stream: Stream | None = None,
     hooks: Sequence[Hook] = (),
     log_every: int = 10,
@@ -99,7 +62,7 @@ def fit(
     """Trains until `n_steps` steps are done, counted from the first step of the run.
 
     Step n uses `batches(n)` and the key `fold_in(key, n)`: it does not depend on when the run was interrupted, nor on
-    `scan_steps`. The loop never touches the caller's arrays.
+    `scan_steps`. The loop never touches the caller's arrays, but for those of `donate_state`.
 
     Args:
         params: where training begins: a model's `init`, or the parameters of another run that is to be continued on
@@ -111,7 +74,8 @@ def fit(
         ema_every: the average takes part in the steps 0, `ema_every`, 2 `ema_every`, ..., counted from 0.
         ema_start: what it starts from: the "initial" parameters, or those after the "first_step".
         state: continues the run that this state is of; its parameters, optimiser state and key are used in place
-            of `params` and `key`, which only say what is expected.
+            of `params` and `key`, which only say what is expected: shapes of them (`jax.eval_shape`) will do.
+        donate_state: the arrays of `state` are used up, so that no second copy of them takes memory.
         stream: `stream(batches, start, stop, chunk=...)` yields batches stacked `chunk` at a time, as
             `scjax.data.device.prefetch` does in a thread; None makes them in line.
         log_every: the metrics of these steps, and of the last, go to the hooks.
@@ -134,7 +98,8 @@ def fit(
         ValueError: arguments that do not fit each other, batches of different shapes or not divisible by the devices, a
             `state` of other parameters.
         scjax.hosts.PeerError: another process of the run failed.
-        NonFiniteError: a loss, term, gradient or validation score is NaN or infinite.
+        NonFiniteError: a loss, term, gradient or validation score is NaN or infinite; or the parameters are, where a
+            hook saves them.
         Interrupted: SIGTERM, where this runs in the main thread. A second SIGTERM acts at once.
     """
     meshes.check_shared(mesh, shard_above)
@@ -143,15 +108,14 @@ def fit(
         validate = validate and _scores_of_whole_parameters(validate, mesh)  # pyright: ignore[reportArgumentType]
     update = make_scanned_update(loss_fn, tx, ema_decay, ema_every=ema_every, ema_start=ema_start)
     check_counts(scan_steps, n_steps, log_every, checkpoint_every, validate, validate_every, patience)
-    fresh = init_state(params, tx, key, ema=ema_decay is not None, best=validate is not None)
+    parts = {"ema": ema_decay is not None, "best": validate is not None}
+    form = state_form(params, tx, key, **parts)
+    where = None if mesh is None else _places(form, mesh, shard_above)
     if state is None:
-        state = fresh
+        state = _first(params, tx, key, parts, where)
     else:
-        check_same_form(state, fresh)
-        state = own_copy(state)
-    del fresh
-    if mesh is not None:
-        state = _laid_out(state, mesh, shard_above)
+        check_same_form(state, form)
+        state = _laid_out(state if donate_state else own_copy(state), where)
     start = int(state.step)
     if start > n_steps:
         raise ValueError(f"n_steps must be at least the {start} steps that state has done already; got {n_steps}.")
@@ -161,6 +125,7 @@ def fit(
 
     hooks = _of_this_process(hooks)
     with ExitStack() as stack:
+        terminated = _Agreed(stack.enter_context(sigterm()))  # until the hooks have ended
 
         def begin() -> None:
             for hook in hooks:
@@ -168,8 +133,7 @@ def fit(
                 hook.on_start(start, n_steps)
 
         hosts.together(begin, "The start of a hook")
-        terminated = _Agreed(stack.enter_context(sigterm()))
-        chunks = chunks_of(stream or in_order, batches, start, n_steps, scan_steps, hooks)
+        chunks = chunks_of(stream or in_order, batches, start, n_steps, scan_steps)
         stack.callback(chunks.close)
         run = Runner(update, scan_steps, hooks, mesh)
         log = _Log(hooks, log_every, n_steps)
@@ -184,11 +148,11 @@ def fit(
         def flush(state: TrainState, n_pending: int) -> None:
             hosts.together(lambda: log.flush(state, n_pending), "A log")
 
-        for first, stop, chunk in chunks:
+        for first, stop, chunk, waited in chunks:
             terminated.ask()
             if terminated():
                 break
-            state, metrics = run(state, chunk, first, stop)
+            state, metrics = run(state, chunk, first, stop, waited)
             log.add(first, stop, metrics)
             validating = validate is not None and (stop % validate_every == 0 or stop == n_steps)
             saving = checkpoint_every is not None and stop % checkpoint_every == 0
@@ -200,9 +164,10 @@ def fit(
                 save(state)
             if terminated() or (validating and patient.is_out(state)):
                 break
-        terminated.ask()  # of a signal during the last call
         flush(state, n_pending=0)
         save(state)
+        hosts.together(lambda: [hook.on_finish() for hook in hooks], "The end of a run")
+        terminated.ask()  # of a signal since the last call
         if terminated():
             raise Interrupted(int(state.step), newest_saved(hooks))
     return state
@@ -225,13 +190,25 @@ def _stacked(*leaves: Any) -> Any:
 
 
 class Runner:
-    """Compiles for the first chunk that comes, tells the hooks how long it took, and runs every chunk with that."""
+    """Compiles for the first chunk that comes, tells the hooks how long it took, and runs every chunk with that.
+
+    They hear first how long the loop `waited` for the chunk.
+    """
 
     def __init__(self, update: Any, scan_steps: int, hooks: Sequence[Hook], mesh: Mesh | None = None):
         self.update, self.scan_steps, self.hooks, self.mesh = update, scan_steps, hooks, mesh
         self.compiled = None
 
-    def __call__(self, state: TrainState, chunk: Any, first: int, stop: int, *more: Any) -> tuple[TrainState, Any]:
+    def __call__(
+        self, state: TrainState, chunk: Any, first: int, stop: int, waited: float, *more: Any
+    ) -> tuple[TrainState, Any]:
+        args = hosts.together(partial(self._ready, state, chunk, first, stop, waited, *more), "A batch")
+        inner, metrics = self.compiled(*args)  # pyright: ignore[reportOptionalCall]
+        return inner._replace(best=state.best), metrics
+
+    def _ready(self, state: TrainState, chunk: Any, first: int, stop: int, waited: float, *more: Any) -> Any:
+        for hook in self.hooks:
+            hook.on_wait(first, waited)
         n = stop - first
         chunk = jax.tree.map(lambda leaf: _padded(leaf, n, self.scan_steps), chunk)
         inner = state._replace(best=None)  # no business of the update
@@ -246,8 +223,7 @@ class Runner:
             self.compiled = self._jitted(inner).lower(*args).compile()
             for hook in self.hooks:
                 hook.on_compiled(time.perf_counter() - began)
-        inner, metrics = self.compiled(*args)
-        return inner._replace(best=state.best), metrics
+        return args
 
     def _jitted(self, state: TrainState) -> Any:
         if self.mesh is None:
@@ -267,9 +243,9 @@ def _padded(leaf: Any, n: int, length: int) -> Any:
 
 
 def chunks_of(
-    stream: Stream, batches: Callable[[int], Batch], start: int, stop: int, size: int, hooks: Sequence[Hook]
-) -> Generator[tuple[int, int, Any], None, None]:
-    """(first, stop, stacked batches), cut at multiples of `size` whatever the start. The hooks hear what they took."""
+    stream: Stream, batches: Callable[[int], Batch], start: int, stop: int, size: int
+) -> Generator[tuple[int, int, Any, float], None, None]:
+    """(first, stop, stacked batches, seconds that they took), cut at multiples of `size` whatever the start."""
     aligned = min(stop, -(-start // size) * size)
     for a, b in ((start, aligned), (aligned, stop)):
         if a == b:
@@ -279,11 +255,9 @@ def chunks_of(
             for first in range(a, b, size):
                 began = time.perf_counter()
                 chunk = hosts.together(partial(next, chunks, None), "A batch")
-                for hook in hooks:
-                    hook.on_wait(first, time.perf_counter() - began)
                 if chunk is None:
                     raise ValueError(f"stream ended before step {first}; it must yield the batches up to step {b - 1}.")
-                yield first, min(first + size, b), chunk
+                yield first, min(first + size, b), chunk, time.perf_counter() - began
         finally:
             close = getattr(chunks, "close", None)
             if close is not None:
@@ -310,7 +284,7 @@ class _Log:
             for i, step in enumerate(range(first, stop)):
                 now = named_metrics({name: values[i] for name, values in metrics.items()})
                 if not now.pop("finite"):
-                    raise not_finite(step, now, state, self.hooks)
+                    raise not_finite(f"after {step} good steps, in the next one", step, now, state, self.hooks)
                 if (step + 1) % self.every == 0 or step + 1 == self.n_steps:
                     for hook in self.hooks:
                         hook.on_log(step + 1, now)
@@ -342,7 +316,7 @@ def validated(state: TrainState, validate: Validate, hooks: Sequence[Hook]) -> T
         raise ValueError("validate must return at least one score by name; got none.")
     step = int(state.step)
     if not all(map(math.isfinite, scores.values())):
-        raise not_finite(step, scores, state, hooks)
+        raise not_finite(f"of the parameters after step {step}", step, scores, state, hooks)
     for hook in hooks:
         hook.on_log(step, scores)
     score = jnp.float32(next(iter(scores.values())))  # as it is kept: 0.1 is less than its own float32
@@ -351,11 +325,14 @@ def validated(state: TrainState, validate: Validate, hooks: Sequence[Hook]) -> T
     return state._replace(best=Best(score, jnp.int32(step), own_copy(params)))
 
 
-def not_finite(step: int, metrics: Mapping[str, float], state: TrainState, hooks: Sequence[Hook]) -> NonFiniteError:
+def not_finite(
+    when: str, step: int, metrics: Mapping[str, float], state: TrainState, hooks: Sequence[Hook]
+) -> NonFiniteError:
     bad = [name for name, value in metrics.items() if not math.isfinite(value)]
     # A term says more than the sum that it spoils.
     term = next((name for name in bad if name not in ("loss", "grad_norm")), bad[0])
-    return NonFiniteError(step, term, metrics, state, newest_saved(hooks))
+    problem = f"{term} is {metrics[term]} {when}"
+    return NonFiniteError(problem, step=step, term=term, metrics=metrics, state=state, saved=newest_saved(hooks))
 
 
 def newest_saved(hooks: Sequence[Hook]) -> Saved | None:
@@ -399,8 +376,9 @@ class _Agreed:
 # -- several devices, several processes
 
 
-def _laid_out(state: TrainState, mesh: Mesh, shard_above: int | None) -> TrainState:
-    where, whole = meshes.shardings(state, mesh, shard_above)
+def _places(form: TrainState, mesh: Mesh, shard_above: int | None) -> TrainState:
+    """The sharding of each array of a state of this form."""
+    where, whole = meshes.shardings(form, mesh, shard_above)
     if whole and hosts.is_first():
         _log_of_module.warning(
             "shard_above=%d: %d arrays have no axis that is a multiple of the %d devices; each device holds them "
@@ -410,7 +388,21 @@ def _laid_out(state: TrainState, mesh: Mesh, shard_above: int | None) -> TrainSt
             mesh.size,
             ", ".join(whole[:3]),
         )
-    return jax.tree.map(meshes.put, state, where)
+    return where
+
+
+def _laid_out(state: TrainState, where: Any) -> TrainState:
+    return state if where is None else jax.tree.map(meshes.put, state, where)
+
+
+def _first(
+    params: Params, tx: optax.GradientTransformation, key: PRNGKeyArray, parts: Mapping[str, bool], where: Any
+) -> TrainState:
+    """The state before the first step, made where it is to lie: no device ever holds more than its part."""
+    if where is None:
+        return init_state(params, tx, key, **parts)
+    params, key = jax.tree.map(meshes.put, (params, key), (where.params, where.key))
+    return jax.jit(lambda params, key: init_state(params, tx, key, **parts), out_shardings=where)(params, key)
 
 
 def _of_whole_parameters(loss_fn: LossFn, mesh: Mesh) -> LossFn:

@@ -9,7 +9,7 @@ from jaxtyping import PRNGKeyArray
 
 from scjax.types import Params
 
-__all__ = ["Best", "TrainState", "init_state", "own_copy"]
+__all__ = ["Best", "TrainState", "init_state", "own_copy", "state_form"]
 
 T = TypeVar("T")
 
@@ -39,7 +39,6 @@ def init_state(
     """The state before the first step. It owns its arrays: the loop may donate them and leave the caller's whole.
 
     The moving average starts at `params`, without a correction for that. `best` makes room for early stopping.
-    `jax.eval_shape` of this gives the template that reads a checkpoint.
     """
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -49,6 +48,11 @@ def init_state(
         key=own_copy(key),
         best=Best(jnp.full((), jnp.inf, jnp.float32), jnp.zeros((), jnp.int32), own_copy(params)) if best else None,
     )
+
+
+def state_form(params: Params, tx: optax.GradientTransformation, key: PRNGKeyArray, **parts: bool) -> TrainState:
+    """The shapes of `init_state`, of which nothing is computed: the template that reads a checkpoint."""
+    return jax.eval_shape(lambda params, key: init_state(params, tx, key, **parts), params, key)
 
 
 def own_copy(tree: T) -> T:

@@ -78,6 +78,17 @@ def test_killed_and_resumed_together_and_alone(group, tmp_path):
         assert lines == [4, 8, 12, 16, 20]
 
 
+def test_groups_that_had_not_begun_begin_when_the_others_are_resumed(group, tmp_path, capsys):
+    folders, adata = [tmp_path / "a", tmp_path / "b"], tiny_series.make_adata()
+    with pytest.raises(Killed):
+        train_seeds(tiny_series.EXPERIMENT, adata, folders, (0, 1), together=1, hooks=[KillAt(16)])
+    assert not folders[1].exists()
+    done = train_seeds(tiny_series.EXPERIMENT, adata, folders, (0, 1), together=1, resume=True)
+    assert f"{folders[1]} holds no run yet; its seed begins" in capsys.readouterr().err
+    for run, wanted in zip(done.runs, group.runs, strict=True):
+        assert_close(run.state, wanted.state)
+
+
 @pytest.fixture
 def spoiled(monkeypatch):
     """Seed 1 meets a NaN in batch 12."""
@@ -107,7 +118,7 @@ def test_a_seed_that_is_not_finite_leaves_a_record_and_the_others(group, spoiled
     assert told["metrics"]["loss"] == "nan"
     assert str(folders[1]) in told["message"]
     assert not (folders[0] / "failed.json").exists()
-    assert "seed 1 stopped" in capsys.readouterr().err
+    assert capsys.readouterr().err.count("seed 1 stopped") == 1
     with pytest.raises(NonFiniteError):
         train(replace(tiny_series.EXPERIMENT, seed=1), adata, folders[1], resume=True)
     assert json.loads((folders[1] / "failed.json").read_text())["step"] == 12

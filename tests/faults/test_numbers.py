@@ -61,7 +61,8 @@ def test_a_step_too_large_is_not_saved(tmp_path):
         return params["v"] * jnp.where(batch == 0, -1e10, 0.0), {}
 
     message = r"parameters after step 10 are not finite.*The last good checkpoint: step 9 in"
-    with pytest.raises(ArithmeticError, match=message):
+    with pytest.raises(NonFiniteError, match=message) as caught:
         trained(tmp_path, loss, optax.sgd(1e30), {"v": jnp.zeros(())})
+    assert (caught.value.step, caught.value.term, caught.value.saved.step) == (10, "parameters", 9)
     assert list_steps(tmp_path)[-1] == 9
     assert np.isfinite(read(tmp_path).arrays["state"]["params"]["v"])

@@ -17,7 +17,7 @@ from scjax.checkpoint import CheckpointWriter, list_steps, read
 from scjax.train.hooks import JsonlLogger, SaveCheckpoints
 from scjax.train.loop import fit
 from scjax.train.optimizers import OptimizerConfig, make_optimizer
-from scjax.train.state import TrainState, init_state
+from scjax.train.state import TrainState, state_form
 
 CONFIG = OptimizerConfig(learning_rate=1e-2, decay_every=4, decay_factor=0.8, n_warmup=3)
 KEY = jax.random.key(1)
@@ -48,7 +48,7 @@ def run(n_steps: int, **options) -> TrainState:
 
 
 def template(best: bool = False) -> TrainState:
-    return jax.eval_shape(lambda: init_state(params(), make_optimizer(CONFIG, 20), KEY, ema=True, best=best))
+    return state_form(params(), make_optimizer(CONFIG, 20), KEY, ema=True, best=best)
 
 
 def bits(tree) -> list[bytes]:

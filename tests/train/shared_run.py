@@ -8,6 +8,7 @@ python shared_run.py killed FOLDER PORT NUMBER      likewise, and the second is 
 import json
 import logging
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ from scjax.mesh import make_mesh, template
 from scjax.train.hooks import Hook, JsonlLogger, Progress, SaveCheckpoints
 from scjax.train.loop import Interrupted, fit
 from scjax.train.optimizers import OptimizerConfig, make_optimizer
-from scjax.train.state import TrainState, init_state
+from scjax.train.state import TrainState, state_form
 
 N_STEPS, HALF = 20, 10
 ABOVE = 16  # entries: the two matrices, and not the vector
@@ -71,7 +72,7 @@ def saved(folder: Path, n_steps: int = HALF, *, resume: int | None = None, hooks
     """`run` that saves every 5 steps; `resume`: from this step of the folder, laid out as the options say."""
     state = None
     if resume is not None:
-        like = jax.eval_shape(lambda: init_state(params(), TX, key(), ema=True, best=True))
+        like = state_form(params(), TX, key(), ema=True, best=True)
         if options.get("mesh") is not None:
             like = template(like, options["mesh"], options.get("shard_above"))
         state = read(folder, resume, like={"state": like}).arrays["state"]
@@ -184,11 +185,11 @@ def on_processes(folder: Path, number: int) -> dict:
             os.kill(os.getpid(), signal.SIGTERM)
         return batch_at(n)
 
-    def other_run(**options):
+    def other_run():
         with CheckpointWriter(folder / "two", about={"run": "other"}):
             pass
 
-    def no_mesh(**options):
+    def no_mesh():
         run()
 
     class Full(Hook):
@@ -196,10 +197,30 @@ def on_processes(folder: Path, number: int) -> dict:
             if step == 6:
                 raise OSError("the disk is full")
 
+    class Strict(Hook):
+        def on_wait(self, step, seconds):
+            if step == 5:
+                raise RuntimeError("too slow")
+
+    class FullAtTheEnd(Hook):
+        """The last checkpoint cannot be written, which shows in the background; the log is smaller."""
+
+        def on_log(self, step, metrics):
+            if step == HALF:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (2048, resource.RLIM_INFINITY))
+
+    def last_write_fails():
+        try:
+            saved(folder / "last", HALF, hooks=[FullAtTheEnd()], **shared)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
     wrong = {
         "broken": lambda: saved(folder / "broken", N_STEPS, batches=broken, **shared),
         "full": lambda: saved(folder / "full", N_STEPS, hooks=[Full()], **shared),
         "sigterm": lambda: saved(folder / "sigterm", N_STEPS, batches=ended, **shared),
+        "strict": lambda: saved(folder / "strict", N_STEPS, hooks=[Strict()], **shared),
+        "last": last_write_fails,
         "other run": other_run,
         "no mesh": no_mesh,
         "disagree": lambda: hosts.check_agreed("the settings", f"n_steps={number}"),
@@ -211,7 +232,7 @@ def on_processes(folder: Path, number: int) -> dict:
         except (Exception, Interrupted) as err:  # noqa: BLE001 the test looks at them
             told[name] = f"{type(err).__name__}: {err}"
     hosts.check_agreed("what is the same", "one")
-    told["steps"] = {name: list_steps(folder / name) for name in ("two", "broken", "full", "sigterm")}
+    told["steps"] = {name: list_steps(folder / name) for name in ("two", "broken", "full", "strict", "last", "sigterm")}
     return told
 
 

@@ -82,19 +82,42 @@ def test_a_number_that_is_not_finite_stops_its_run_alone(runs, at):
         batch = batch_of(1, n)
         return {**batch, "y": batch["y"] * np.float32("nan")} if n == at else batch
 
-    records = [Record() for _ in range(N_RUNS)]
-    members = together(batches=[BATCHES[0], spoiled, BATCHES[2]], hooks=[[record] for record in records])
+    records, failures = [Record() for _ in range(N_RUNS)], []
+
+    def on_failure(number, error):
+        failures.append((number, error, len(records[0].of("log"))))
+
+    batches, hooks = [BATCHES[0], spoiled, BATCHES[2]], [[record] for record in records]
+    members = together(batches=batches, hooks=hooks, on_failure=on_failure)
     for r in (0, 2):
         assert members[r].error is None
         assert_close(members[r].state, runs[0][r])
     error = members[1].error
     assert isinstance(error, NonFiniteError)
+    assert failures == [(1, error, {7: 2, 12: 3}[at])]  # while the others go on
     assert (error.step, error.term) == (at, "mse")
     assert_close(members[1].state, alone(1, n_steps=at))
     assert_close(error.state, members[1].state)
     assert records[1].of("checkpoint") == ([(10,)] if at > 10 else [])
     assert [step for step, _ in records[1].of("log")] == [step for step in (4, 8, 12) if step <= at]
     assert records[1].told[-1] == ("end",)
+
+
+def test_parameters_that_cannot_be_saved_stop_their_run_alone(runs):
+    """As `SaveCheckpoints` refuses them."""
+
+    class Refuses(Record):
+        def on_checkpoint(self, state):
+            raise NonFiniteError("no", step=int(state.step), term="parameters", metrics={}, state=state, saved=None)
+
+    failures = []
+    hooks = [[], [Refuses()], []]
+    members = together(hooks=hooks, on_failure=lambda *told: failures.append(told))
+    assert [member.error and member.error.step for member in members] == [None, 10, None]
+    assert failures == [(1, members[1].error)]
+    assert [int(member.state.step) for member in members] == [20, 10, 20]
+    for r in (0, 2):
+        assert_close(members[r].state, runs[0][r])
 
 
 def test_runs_go_on_from_wherever_they_are(runs):

@@ -16,11 +16,11 @@ import pytest
 import regression
 
 from scjax.checkpoint import CheckpointWriter, list_steps, read
-from scjax.mesh import make_mesh
+from scjax.mesh import everywhere, make_mesh
 from scjax.train.hooks import Hook, SaveCheckpoints
 from scjax.train.loop import Interrupted, NonFiniteError, fit, in_order
 from scjax.train.optimizers import make_optimizer
-from scjax.train.state import init_state
+from scjax.train.state import init_state, state_form
 from scjax.train.step import make_update
 
 ROOT = Path(__file__).parents[2]
@@ -43,6 +43,9 @@ class Record(Hook):
 
     def on_checkpoint(self, state):
         self.told.append(("checkpoint", int(state.step)))
+
+    def on_finish(self):
+        self.told.append(("finish",))
 
     def on_end(self):
         self.told.append(("end",))
@@ -103,7 +106,7 @@ def test_a_sparse_average_and_skipping_survive_a_checkpoint(tmp_path):
     whole = fit(loss, params, tx, batches, n_steps=12, **settings)
     with CheckpointWriter(tmp_path, about={"run": "a"}) as writer:
         fit(loss, params, tx, batches, n_steps=7, **settings, hooks=[SaveCheckpoints(writer)])
-    part = read(tmp_path, like={"state": jax.eval_shape(lambda: init_state(params, tx, regression.KEY, ema=True))})
+    part = read(tmp_path, like={"state": state_form(params, tx, regression.KEY, ema=True)})
     part = part.arrays["state"]
     assert int(part.step) == 7
     rest = fit(loss, params, tx, batches, n_steps=12, **settings, state=part)
@@ -143,6 +146,7 @@ def test_hooks_hear_everything_in_order():
         ("checkpoint", 10),
         ("log", 12),
         ("checkpoint", 12),
+        ("finish",),
         ("end",),
     ]
 
@@ -156,6 +160,28 @@ def test_the_caller_s_arrays_are_left_alone():
     )
     assert regression.bits(params) == before  # donated buffers would raise
     assert (int(state.step), int(more.step)) == (10, 20)
+
+
+def test_a_state_that_is_given_away_is_not_copied(uninterrupted):
+    """Nor are parameters needed beside it: their shapes tell what is expected."""
+    state = regression.run(10)
+    shapes = jax.eval_shape(regression.params)
+    tx = make_optimizer(regression.CONFIG, 20)
+    options = {"key": regression.KEY, "scan_steps": 5, "ema_decay": 0.9, "state": state, "donate_state": True}
+    more = fit(regression.loss, shapes, tx, regression.batch_at, n_steps=20, **options)
+    assert regression.bits(more) == regression.bits(uninterrupted[0])
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.params, state.ema, state.opt_state)))
+
+
+def test_arrays_that_lie_on_the_mesh_already_are_left_alone():
+    mesh = make_mesh(1)
+    params = everywhere(regression.params(), mesh)
+    before = regression.bits(params)
+    options = {"key": regression.KEY, "scan_steps": 5, "ema_decay": 0.9, "mesh": mesh}
+    state = fit(regression.loss, params, optax.sgd(0.1), regression.batch_at, n_steps=10, **options)
+    fit(regression.loss, params, optax.sgd(0.1), regression.batch_at, n_steps=20, state=state, **options)
+    assert regression.bits(params) == before
+    assert int(state.step) == 10
 
 
 def test_a_finished_run_is_not_run_again(uninterrupted):
@@ -249,7 +275,7 @@ def test_sigterm_restores_the_handler_and_needs_the_main_thread():
         regression.run(20, batches=batches, hooks=[record])
     assert caught.value.step in (5, 10)
     assert caught.value.saved is None  # this hook writes nothing
-    assert record.told[-2:] == [("checkpoint", caught.value.step), ("end",)]
+    assert record.told[-3:] == [("checkpoint", caught.value.step), ("finish",), ("end",)]
     assert signal.getsignal(signal.SIGTERM) == before
     regression.run(5)
     assert signal.getsignal(signal.SIGTERM) == before
@@ -259,6 +285,40 @@ def test_sigterm_restores_the_handler_and_needs_the_main_thread():
     thread.start()
     thread.join()
     assert int(finished[0].step) == 5
+
+
+class Terminated(Hook):
+    """Gets SIGTERM while it does what it is named for."""
+
+    def __init__(self, when):
+        setattr(self, when, lambda *told: signal.raise_signal(signal.SIGTERM))
+
+
+@pytest.mark.parametrize("when", ["on_start", "on_checkpoint", "on_finish"])
+def test_sigterm_while_a_hook_works(when):
+    """It completes what it does: a signal during the last write of a checkpoint does not break that."""
+    record = Record()
+    with pytest.raises(Interrupted) as caught:
+        regression.run(10, hooks=[Terminated(when), record])
+    assert caught.value.step == (0 if when == "on_start" else 10)
+    assert record.told[-2:] == [("finish",), ("end",)]
+
+
+def test_sigterm_at_the_very_end_breaks_no_hook():
+    record = Record()
+    assert int(regression.run(10, hooks=[record, Terminated("on_end")]).step) == 10
+    assert record.told[-1] == ("end",)
+
+
+def test_what_cannot_be_finished_ends_the_run():
+    class Fails(Hook):
+        def on_finish(self):
+            raise OSError("the disk is full")
+
+    record = Record()
+    with pytest.raises(OSError, match="disk is full"):
+        regression.run(10, hooks=[Fails(), record])
+    assert record.told[-1] == ("end",)
 
 
 def validation(scores):
@@ -280,7 +340,7 @@ def test_early_stopping_keeps_the_best_parameters():
     jax.tree.map(np.testing.assert_array_equal, state.best.params, seen[1])
     scores = [m for _, m in record.of("log") if "validation_w1" in m]
     assert scores[1] == {"validation_w1": 2.0, "validation_other": 7.0}
-    assert record.told[-2:] == [("checkpoint", 40), ("end",)]
+    assert record.told[-3:] == [("checkpoint", 40), ("finish",), ("end",)]
     # It looks at the moving average, which the plain parameters are not.
     average = regression.run(10).ema
     jax.tree.map(np.testing.assert_array_equal, seen[0], average)
@@ -309,7 +369,7 @@ def test_an_equal_score_is_no_better_one():
 
 def test_validation_that_is_not_finite_stops():
     validate, _ = validation([1.0, float("nan")])
-    with pytest.raises(NonFiniteError, match="validation_w1 is nan after 10 good steps"):
+    with pytest.raises(NonFiniteError, match="validation_w1 is nan of the parameters after step 10 "):
         regression.run(100, validate=validate, validate_every=5)
     with pytest.raises(ValueError, match="at least one score"):
         regression.run(5, validate=lambda params: {}, validate_every=5)

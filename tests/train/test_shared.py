@@ -120,6 +120,8 @@ def test_the_first_process_alone_writes_and_talks(processes):
     [
         ("broken", 1, "OSError: the file vanished", "A batch failed on process 1 of 2"),
         ("full", 0, "OSError: the disk is full", "A log failed on process 0 of 2"),
+        ("strict", 0, "RuntimeError: too slow", "A batch failed on process 0 of 2"),
+        ("last", 0, "OSError: a checkpoint could not be written", "The end of a run failed on process 0 of 2"),
         ("other run", 0, "holds checkpoints of another run", "Opening checkpoints failed on process 0 of 2"),
     ],
 )
