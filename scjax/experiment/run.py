@@ -28,7 +28,7 @@ from scjax.train.hooks import Hook, JsonlLogger, SaveCheckpoints, read_log
 from scjax.train.loop import NonFiniteError, Validate, fit
 from scjax.train.optimizers import make_optimizer
 from scjax.train.state import TrainState, state_form
-from scjax.types import Batch, Model, Params
+from scjax.types import Batch, LossFn, Model, Params
 
 __all__ = [
     "CELLS",
@@ -76,6 +76,7 @@ class Task(NamedTuple):
         start: parameters of the first step, of a key; None draws them by `model.init`.
         told: what is written to stderr before training begins.
         average: options of the moving average, for `fit`.
+        loss_on: the model's loss on the devices of a mesh; None where XLA alone may share its work among them.
     """
 
     model: Model
@@ -89,6 +90,7 @@ class Task(NamedTuple):
     start: Callable[[Any], Params] | None = None
     told: str = ""
     average: Mapping[str, Any] = MappingProxyType({})
+    loss_on: Callable[[Mesh], LossFn] | None = None
 
 
 class Run(NamedTuple):
@@ -224,7 +226,7 @@ def train_task(
     validation = {} if task.validate is None else {"validate": task.validate, **validation_options(experiment)}
     with begun.writer(keep) as writer, recorded_failure(workdir):
         state = fit(
-            task.model.loss,
+            task.model.loss if mesh is None or task.loss_on is None else task.loss_on(mesh),
             begun.params,
             begun.tx,
             batches,

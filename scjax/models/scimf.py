@@ -153,6 +153,13 @@ class Config:
         return jnp.bfloat16 if self.compute_dtype == "bfloat16" else None
 
 
+def is_in_tiles(config: Config, n_cells: int) -> bool:
+    """Whether one device, which `drift` gets without a mesh, holds no n x n weights of so many cells."""
+    if config.attention != "auto":
+        return config.attention != "dense"
+    return n_cells > (DENSE_CELLS if jax.default_backend() == "cpu" else DENSE_CELLS_OF_ACCELERATORS)
+
+
 class BlockAttention(NamedTuple):
     """What one interaction block attends to; axis -2 is the receiver, axis -1 the sender.
 
@@ -218,8 +225,7 @@ class Interaction(nn.Module):
         if c.attention == "landmarks":
             n_landmarks = min(c.n_landmarks, n)
             return attend_to_landmarks(q, k, v, group(merge_heads(k), n_landmarks), n_landmarks, mesh=self.mesh)
-        few = n <= (DENSE_CELLS if jax.default_backend() == "cpu" else DENSE_CELLS_OF_ACCELERATORS)
-        if c.attention == "dense" or (c.attention == "auto" and self.mesh is None and few):
+        if c.attention == "dense" or (self.mesh is None and not is_in_tiles(c, n)):
             return attend(q, k, v, exclude_self=True, dropout_rate=c.dropout, key=key)
         return attend_blockwise(q, k, v, excluded=jnp.arange(n), dropout_rate=c.dropout, key=key, mesh=self.mesh)[0]
 

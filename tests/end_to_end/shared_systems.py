@@ -1,4 +1,5 @@
-"""The three systems on several devices and processes, as programs; each writes the final states to a folder.
+"""The three systems on several devices and processes, as programs; each writes the final states to a folder. scIMF comes
+twice, the second time with attention in tiles.
 
 python shared_systems.py devices FOLDER                 on one device, and on 8 of one process
 python shared_systems.py processes FOLDER PORT NUMBER   on 2 devices of each of two processes, after the former
@@ -20,7 +21,7 @@ from scjax.data.splits import HoldOutSeenDoubles
 from scjax.experiment import train
 from scjax.mesh import make_mesh
 
-TINY = {"scimf": tiny_series, "scdfm": tiny_perturbation, "perturbdiff": tiny_cellsets}
+TINY = {"scimf": tiny_series, "tiles": tiny_series, "scdfm": tiny_perturbation, "perturbdiff": tiny_cellsets}
 ABOVE = 16
 
 
@@ -28,6 +29,8 @@ def experiment(name: str):
     """Eight cells are divisible; eps keeps Adam from making steps of the rounding where a gradient is zero."""
     tiny = TINY[name].EXPERIMENT
     more = {"split": HoldOutSeenDoubles(validation_fraction=0.34), "validate_every": 5} if name == "scdfm" else {}
+    if name == "tiles":
+        more["model"] = replace(tiny.model, attention="blockwise")
     return replace(
         tiny,
         sampling=replace(tiny.sampling, n_cells=8),

@@ -1,5 +1,6 @@
 """The three systems on several devices and processes are what they are on one, and so are runs resumed there."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import anndata
@@ -9,14 +10,15 @@ import pytest
 import tiny_series
 from programs import finish, free_port, start
 
+from scjax.batches import TimeSeriesBatch
 from scjax.checkpoint import list_steps
 from scjax.cli import main
 from scjax.config import to_json
-from scjax.experiment import train
+from scjax.experiment import timeseries, train
 from scjax.mesh import make_mesh
 
 PATIENCE = 1200  # seconds; compiling is slow where cores are few
-SYSTEMS = ("scimf", "scdfm", "perturbdiff")
+SYSTEMS = ("scimf", "tiles", "scdfm", "perturbdiff")
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +72,20 @@ def test_a_mesh_of_one_device_changes_no_bit(tiny_run, tmp_path):
         assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
     assert list_steps(tmp_path / "run" / "checkpoints") == (20,)
     assert list_steps(tiny_run.workdir / "checkpoints") == (10, 20)
+
+
+def test_tiles_of_attention_are_shared_and_few_cells_left_alone():
+    batch = TimeSeriesBatch(
+        x0=np.zeros((6, 3), np.float32), targets=np.zeros((1, 6, 3), np.float32),
+        weights=np.full((1, 6), 1 / 6, np.float32), ts=(0.0, 1.0),
+    )  # fmt: skip
+    for attention, shared in {"auto": False, "dense": False, "blockwise": True, "landmarks": True}.items():
+        model = replace(tiny_series.EXPERIMENT.model, attention=attention, dropout=0.0)
+        task = timeseries.prepare(replace(tiny_series.EXPERIMENT, model=model), tiny_series.make_adata())
+        params, key = jax.eval_shape(task.model.init, jax.random.key(0)), jax.random.key(0)
+        program = str(jax.make_jaxpr(task.loss_on(make_mesh(1)))(params, batch, key))
+        assert ("shard_map" in program) == shared
+        assert "shard_map" not in str(jax.make_jaxpr(task.model.loss)(params, batch, key))
 
 
 @pytest.mark.parametrize(
