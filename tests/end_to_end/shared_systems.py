@@ -1,5 +1,5 @@
-"""The three systems on several devices and processes, as programs; each writes the final states to a folder. scIMF comes
-twice, the second time with attention in tiles.
+"""The three systems on several devices and processes, as programs; each writes the final states to a folder.
+scIMF comes twice, the second time with attention in tiles.
 
 python shared_systems.py devices FOLDER                 on one device, and on 8 of one process
 python shared_systems.py processes FOLDER PORT NUMBER   on 2 devices of each of two processes, after the former
