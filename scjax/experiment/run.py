@@ -50,6 +50,7 @@ __all__ = [
     "loop_options",
     "record_failure",
     "recorded_failure",
+    "say",
     "store_for",
     "train_task",
     "validation_options",
@@ -219,10 +220,9 @@ def train_task(
     # A shared folder may show its newest checkpoint to one host before the other.
     begins = "none" if begun.state is None else str(int(begun.state.step))
     hosts.check_agreed("the checkpoint that the run goes on from", begins)
-    if hosts.is_first():
-        tell(task)
-        if mesh is not None:
-            sys.stderr.write(f"{meshes.told(mesh)}\n")
+    tell(task)
+    if mesh is not None:
+        say(meshes.told(mesh))
     validation = {} if task.validate is None else {"validate": task.validate, **validation_options(experiment)}
     with begun.writer(keep) as writer, recorded_failure(workdir):
         state = fit(
@@ -254,12 +254,18 @@ def _shared(batches: Callable[..., Batch], mesh: Mesh) -> Callable[[int], Batch]
     return lambda n: meshes.fill_up(batches(n, own), mesh)
 
 
+def say(line: str) -> None:
+    """On stderr, once for all processes of a run."""
+    if hosts.is_first():
+        sys.stderr.write(f"{line}\n")
+
+
 def store_for(workdir: Path, adata: AnnData, digest: str) -> Path | None:
     """Where the prepared cells of these data are kept, if the data stay on disk; a resumed run finds them there."""
     if not is_on_disk(adata):
         return None
     store = workdir / CELLS / digest
-    sys.stderr.write(f"the data stay on disk; the cells of the model's space are kept in {store}\n")
+    say(f"the data stay on disk; the cells of the model's space are kept in {store}")
     return store
 
 
@@ -267,7 +273,7 @@ def tell(task: Task) -> None:
     """What was found in the data and the split, and what the run starts from."""
     for told in (task.findings.render(), task.told):
         if told:
-            sys.stderr.write(f"{told}\n")
+            say(told)
 
 
 class Begun(NamedTuple):
@@ -441,7 +447,7 @@ def check_resumed(experiment: Any, workdir: Path, step: int | None, digest: str)
             f"resume=True, but {workdir} has no checkpoint, and its log goes up to step {logged}: the checkpoints are "
             "gone. Put them back, or start in a new folder."
         )
-    sys.stderr.write(f"{workdir} has no checkpoint yet; the run begins again at its first step.\n")
+    say(f"{workdir} has no checkpoint yet; the run begins again at its first step.")
 
 
 def check_same_data(about: Mapping[str, Any], digest: str, doing: str | Path) -> None:

@@ -1,6 +1,5 @@
 """Runs of one experiment with several seeds, trained together in one compiled program."""
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -20,6 +19,7 @@ from scjax.experiment.run import (
     holds_run,
     loop_options,
     record_failure,
+    say,
     store_for,
     tell,
     validation_options,
@@ -74,7 +74,7 @@ def train_tasks(
         if goes_on:
             check_resumed(experiment, workdir, None, digest)
         elif resume:
-            sys.stderr.write(f"{workdir} holds no run yet; its seed begins.\n")
+            say(f"{workdir} holds no run yet; its seed begins.")
     settings = [replace(experiment, seed=seed) for seed in seeds]
     store = store_for(workdirs[0], adata, digest)
     tasks = [prepare(one, adata, store) for one in settings]
@@ -96,7 +96,7 @@ def train_tasks(
 
     def recorded(number: int, error: NonFiniteError) -> None:
         record_failure(workdirs[number], error)
-        sys.stderr.write(f"seed {seeds[number]} stopped, the others go on without it: {error}\n")
+        say(f"seed {seeds[number]} stopped, the others go on without it: {error}")
 
     with ExitStack() as stack:
         writers = [stack.enter_context(one.writer()) for one in begun]

@@ -74,8 +74,11 @@ def mix_blockwise(
             f"got {len(queries)} queries, {len(keys)} keys, {len(coefficients)} coefficients."
         )
     dtype = jnp.promote_types(v.dtype, jnp.float32)
+    n, m = queries[0].shape[1], v.shape[1]
+    if not n * m:
+        return jnp.zeros((len(v), n, v.shape[2]), v.dtype)
     mixed, _ = _mix(
-        _tiling(queries[0].shape, v.shape[1], block, None),  # pyright: ignore[reportArgumentType]
+        _tiling(queries[0].shape, m, block, None),  # pyright: ignore[reportArgumentType]
         tuple(q.astype(dtype) * q.shape[-1] ** -0.5 for q in queries),
         tuple(k.astype(dtype) for k in keys),
         v.astype(dtype),
@@ -119,6 +122,8 @@ def attend_blockwise(
     n_devices = devices_along_cells(mesh, q.shape[1])
     dtype = jnp.promote_types(v.dtype, jnp.float32)
     heads, n, d = q.shape
+    if not n * k.shape[1]:
+        return jnp.zeros((heads, n, v.shape[2]), v.dtype), jnp.full((heads, n, 1), -jnp.inf, dtype)
     rules = _Rules(excluded=None if excluded is None else excluded[:, None].astype(jnp.int32))
     if log_masses is not None:
         rules = rules._replace(log_masses=jax.lax.stop_gradient(log_masses.astype(dtype))[:, None])

@@ -30,6 +30,7 @@ from .loop import (
     newest_saved,
     not_finite,
     sigterm,
+    stacked,
     validated,
 )
 from .state import Best, TrainState, init_state, own_copy, state_form
@@ -186,7 +187,7 @@ def fit_together(
             stack.callback(hook.on_end)
             hook.on_start(start, n_steps)
         told = [*group_hooks, *(hook for run in runs if run.is_on for hook in run.hooks)]
-        together_at = lambda n: _stacked([batch_at(n) for batch_at in batches])  # noqa: E731
+        together_at = lambda n: stacked([batch_at(n) for batch_at in batches])  # noqa: E731
         chunks = chunks_of(stream or in_order, together_at, start, n_steps, scan_steps)
         stack.callback(chunks.close)
         advance = Runner(update, scan_steps, told)
@@ -310,7 +311,3 @@ class _Log:
             mean = {name: float(np.mean([one[name] for one in told])) for name in told[0]}
             for hook in self.group_hooks:
                 hook.on_log(step + 1, mean)
-
-
-def _stacked(batches: Sequence[Batch]) -> Batch:
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *batches)

@@ -179,11 +179,16 @@ def in_order(batches: Callable[[int], Batch], start: int, stop: int, *, chunk: i
         group = [batches(n) for n in range(first, min(first + chunk, stop))]
         for n, batch in enumerate(group, start=first):
             _check_same_batch(group[0], batch, n)
-        yield jax.tree.map(_stacked, *group)
+        yield stacked(group)
 
 
-def _stacked(*leaves: Any) -> Any:
-    return jnp.stack(leaves) if isinstance(leaves[0], jax.Array) else np.stack(leaves)
+def stacked(batches: Sequence[Batch]) -> Any:
+    """With a leading axis for them; on the host where they are there."""
+
+    def stack(*leaves: Any) -> Any:
+        return jnp.stack(leaves) if isinstance(leaves[0], jax.Array) else np.stack(leaves)
+
+    return jax.tree.map(stack, *batches)
 
 
 # -- calls of the compiled update

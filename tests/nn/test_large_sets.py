@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from scjax.nn.attention import attend
-from scjax.nn.blockwise import attend_blockwise, merge
+from scjax.nn.blockwise import attend_blockwise, merge, mix_blockwise
 from scjax.nn.dropout import keep_mask_at
 from scjax.nn.landmarks import attend_to_landmarks, group
 
@@ -120,6 +120,22 @@ def test_who_hears_nobody_receives_zero(sender_block):
     for excluded in (jnp.arange(5), None):
         received, _ = attend_blockwise(*many, log_masses=jnp.full(5, -jnp.inf), excluded=excluded, block=2)
         np.testing.assert_array_equal(received, 0)
+
+
+@pytest.mark.parametrize(("n", "m"), [(0, 4), (4, 0), (0, 0)])
+def test_empty_sets(n, m):
+    """Nobody hears, or nobody is heard: zero, as of the softmax over nothing; nothing is to be learned from it."""
+    q, (_, k, v) = jnp.ones((HEADS, n, D)), (jnp.ones((HEADS, m, D)) for _ in range(3))
+    (attended, log_totals), grads = value_and_grads(attend_blockwise, (q, k, v))
+    assert attended.shape == (HEADS, n, D)
+    assert not attended.any()
+    assert log_totals.shape == (HEADS, n, 1)
+    assert (log_totals == -jnp.inf).all()
+    mixed = mix_blockwise((q,), (k,), v, (jnp.ones(()),))
+    assert mixed.shape == (HEADS, n, D)
+    assert not mixed.any()
+    assert [g.shape for g in grads] == [q.shape, k.shape, v.shape]
+    assert not any(g.any() for g in grads)
 
 
 def test_large_logits_stay_finite():
