@@ -19,7 +19,7 @@ from scjax.check import at_least, finite, non_negative, one_of, suggestion
 from scjax.checkpoint import Checkpoint
 from scjax.config import from_dict
 from scjax.data.cellsets import CovariateNames, read_control_cells
-from scjax.data.conditions import CONTROL, JOIN_CONTEXT, OnUnknown, resolve_unknown, trained_names
+from scjax.data.conditions import CONTROL, OnUnknown, resolve_unknown, trained_names
 from scjax.data.disk import Subset, is_on_disk, stacked
 from scjax.data.expression import ModelCells
 from scjax.data.preprocess import Transform
@@ -36,7 +36,7 @@ from scjax.predict.populations import (
     number_of,
     unseen_parts,
 )
-from scjax.predict.record import predicting_params, record
+from scjax.predict.record import covariate_columns, predicting_params, record
 from scjax.processes.diffusion import Spacing, Variance
 from scjax.types import Params, Population
 
@@ -387,10 +387,10 @@ def predict(
 
     Returns:
         One row a cell. X: log-normalised expression, not negative, float32[rows, genes], the genes that the sources of
-        these contexts measured; obs: condition, context, the columns of the covariates, cell type and batch, the
-        number of the set in its condition and context, the name of the control cell that it was given, seed;
-        uns["scjax"]: settings as JSON, run and step of the checkpoint, sampler and spacing, what was replaced,
-        stand-ins for controls, versions.
+        these contexts measured; obs: condition, context, the columns of the covariates, cell type and batch
+        (`record.covariate_columns`), the number of the set in its condition and context, the name of the control cell
+        that it was given, seed; uns["scjax"]: settings as JSON, run and step of the checkpoint, sampler and spacing,
+        what was replaced, stand-ins for controls, versions.
 
     Raises:
         ValueError: no control cells, an unknown condition or context, bad values among the controls, an option that
@@ -856,7 +856,6 @@ def _obs(trained: TrainedCellSets, population: Population, controls: Controls, m
     import pandas as pd
 
     names = trained.names
-    values = population.context.split(JOIN_CONTEXT) if population.context else []
     drawn = {
         column: [getattr(names, role)[i] for i in controls.covariates[role][made.start]]
         for role, column in (("cell_type", names.cell_type_column), ("batch", names.batch_column))
@@ -865,9 +864,7 @@ def _obs(trained: TrainedCellSets, population: Population, controls: Controls, m
     several = {"source": names.sources[controls.source]} if len(names.sources) > 1 else {}
     return pd.DataFrame(
         {
-            **several,
-            **dict(zip(names.covariates, values, strict=True)),
-            **drawn,
+            **covariate_columns(names.covariates, population.context, **several, **drawn),
             "condition": population.condition,
             "context": population.context,
             "set": made.set,

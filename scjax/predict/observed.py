@@ -6,7 +6,6 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from scjax.check import suggestion
-from scjax.data.conditions import JOIN_CONTEXT
 from scjax.data.disk import cells_at_once
 from scjax.data.source import join, open_source
 from scjax.data.spec import AnnData
@@ -14,7 +13,7 @@ from scjax.predict.cellsets import TrainedCellSets
 from scjax.predict.parts import Part, Prediction
 from scjax.predict.perturbation import TrainedPerturbation
 from scjax.predict.populations import asked_conditions
-from scjax.predict.record import record
+from scjax.predict.record import covariate_columns, record
 from scjax.types import Population
 
 __all__ = ["observing"]
@@ -91,7 +90,6 @@ def observing(
 def _obs(trained: Any, population: Population, names: np.ndarray) -> Any:
     import pandas as pd
 
-    values = population.context.split(JOIN_CONTEXT) if population.context else []
-    covariates = dict(zip(trained.spec.covariates, values, strict=True))
+    covariates = covariate_columns(trained.spec.covariates, population.context)
     told = {**covariates, "condition": population.condition, "context": population.context, "source_cell": names}
     return pd.DataFrame(told, index=names)

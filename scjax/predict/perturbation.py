@@ -17,7 +17,7 @@ from scjax import mesh as meshes
 from scjax.check import at_least, finite, non_negative, one_of, suggestion
 from scjax.checkpoint import Checkpoint
 from scjax.config import from_dict
-from scjax.data.conditions import JOIN_CONTEXT, OnUnknown, known_names, resolve_unknown, trained_names
+from scjax.data.conditions import OnUnknown, known_names, resolve_unknown, trained_names
 from scjax.data.expression import ModelCells, transformed
 from scjax.data.preprocess import Transform
 from scjax.data.spec import AnnData, DataSpec
@@ -33,7 +33,7 @@ from scjax.predict.populations import (
     number_of,
     unseen_parts,
 )
-from scjax.predict.record import predicting_params, record
+from scjax.predict.record import covariate_columns, predicting_params, record
 from scjax.processes.flow import Solver
 from scjax.types import Params, Population
 
@@ -355,8 +355,9 @@ def predict(
 
     Returns:
         One row a cell. X: log-normalised expression, not negative, float32[rows, genes]; obs: condition, context, the
-        columns of the covariates, the name of the control cell it started as, seed; uns["scjax"]: settings as JSON, run
-        and step of the checkpoint, solver, what was replaced, what training never saw and vectors tell, versions.
+        columns of the covariates (`record.covariate_columns`), the name of the control cell it started as, seed;
+        uns["scjax"]: settings as JSON, run and step of the checkpoint, solver, what was replaced, what training never
+        saw and vectors tell, versions.
 
     Raises:
         ValueError: no control cells, an unknown condition, context or gene, bad values among the controls.
@@ -419,10 +420,9 @@ def predicting(
 
     def parts() -> Iterator[Part]:
         for population, (x, drawn) in cells():
-            values = population.context.split(JOIN_CONTEXT)
             obs = pd.DataFrame(
                 {
-                    **dict(zip(trained.spec.covariates, values, strict=False)),
+                    **covariate_columns(trained.spec.covariates, population.context),
                     "condition": population.condition,
                     "context": population.context,
                     "source_cell": sources[population.context].names[drawn],

@@ -1,14 +1,18 @@
 """What a prediction tells about where it comes from, and the parameters that predict; the same for every kind."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from scjax import __version__
+from scjax.data.conditions import JOIN_CONTEXT
 from scjax.types import Params
 
-__all__ = ["predicting_params", "record"]
+__all__ = ["covariate_columns", "predicting_params", "record"]
+
+_OWN = ("condition", "context", "set", "source_cell", "seed")  # columns of obs that say how cells were made
 
 
 def predicting_params(state: dict[str, Any]) -> Params:
@@ -19,6 +23,18 @@ def predicting_params(state: dict[str, Any]) -> Params:
     if "best" in state and np.isfinite(state["best"]["score"]):
         return state["best"]["params"]
     return state.get("ema", state["params"])
+
+
+def covariate_columns(covariates: Sequence[str], context: str, **more: Any) -> dict[str, Any]:
+    """Columns of obs for the cells of a context, named as in the data; what a prediction has under that name itself
+    (condition, context, set, source_cell, seed) does not replace it: it is `covariate_<name>` then.
+
+    Args:
+        more: further columns that are named by the data.
+    """
+    values = context.split(JOIN_CONTEXT) if covariates else []
+    columns = {**dict(zip(covariates, values, strict=True)), **more}
+    return {f"covariate_{name}" if name in _OWN else name: value for name, value in columns.items()}
 
 
 def record(trained: Any, *, space: str, **more: Any) -> dict[str, Any]:
