@@ -26,6 +26,7 @@ from scjax.experiment import Experiment, read_experiment
 from scjax.hosts import PeerError
 from scjax.train.loop import Interrupted
 from scjax.types import Population
+from scjax.whole import made_whole
 
 __all__ = ["main"]
 
@@ -476,8 +477,8 @@ class Evaluate:
             print(f"report, tables and numbers written to {self.out}; open {self.out / 'report.html'} in a browser")
         elif self.out is not None:
             numbers = [report_of(table).to_json_dict(table) for table in tables]
-            with self.out.open("x", encoding="utf-8") as file:  # hours may have passed since it was not there
-                file.write(json.dumps(numbers, indent=1) + "\n")
+            with made_whole(self.out) as beside:
+                beside.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
             print(f"numbers written to {self.out}")
 
     def of_runs(self, keep: list[Any] | None) -> tuple[list[Any], list[str]]:

@@ -20,6 +20,7 @@ from scjax.metrics.intervals import Interval, interval
 from scjax.metrics.perturbation_report import PerturbationTable
 from scjax.metrics.report import ARROWS, bounds, decimals_of, finite_or_none, losses, number
 from scjax.types import Population
+from scjax.whole import made_whole
 
 __all__ = ["check_folder", "render", "write"]
 
@@ -53,19 +54,21 @@ def write(
 
     Raises:
         ValueError: a folder that is there, or whose parent is not; formats without their library; no table.
+        FileExistsError: something has come there meanwhile.
     """
     folder = Path(folder)
     check_folder(folder)
     check_formats(formats)
     page = render(tables, evidence)
     numbers = json.dumps({**(about or {}), **results(tables)}, indent=1, default=str) + "\n"
-    folder.mkdir()
-    written = write_tidy(folder, tables, formats)
-    for name, text in (("results.json", numbers), ("report.html", page)):
-        path = folder / name
-        path.write_text(text, encoding="utf-8")
-        written.append(path)
-    return written
+    with made_whole(folder) as beside:
+        beside.mkdir()
+        written = write_tidy(beside, tables, formats)
+        for name, text in (("results.json", numbers), ("report.html", page)):
+            path = beside / name
+            path.write_text(text, encoding="utf-8")
+            written.append(path)
+    return [folder / path.name for path in written]
 
 
 def check_folder(folder: Path) -> None:

@@ -6,7 +6,6 @@ has, and are opened by `load` for the functions of `scjax.models`.
 """
 
 import hashlib
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -20,6 +19,7 @@ from scjax.check import at_least
 from scjax.config import from_dict, to_dict
 from scjax.convert.systems import SYSTEMS, Weights
 from scjax.models import perturbdiff
+from scjax.whole import made_whole
 
 __all__ = ["Loaded", "digest", "load", "save", "told"]
 
@@ -78,6 +78,7 @@ def save(
 
     Raises:
         ValueError: the folder exists; names that repeat, or are not as many as the model has ids.
+        FileExistsError: something has come there meanwhile.
     """
     folder = Path(folder)
     if folder.exists():
@@ -107,10 +108,8 @@ def save(
         "originals": weights.originals or {},
     }
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as beside:
-        with checkpoint.CheckpointWriter(Path(beside) / "whole", about=about) as writer:
-            writer.save(0, arrays)
-        (Path(beside) / "whole").rename(folder)
+    with made_whole(folder) as beside, checkpoint.CheckpointWriter(beside, about=about) as writer:
+        writer.save(0, arrays)
 
 
 def load(folder: str | Path, step: int | None = None, *, weights: WhichParams | None = None) -> Loaded:

@@ -6,10 +6,7 @@ plain values and refuses everything that acts.
 
 import json
 import math
-import os
 import re
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -18,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from scjax.check import one_of
+from scjax.whole import made_whole
 
 __all__ = ["WhichWeights", "check_new", "read_torch", "write_torch"]
 
@@ -82,22 +80,17 @@ def write_torch(path: str | Path, state: Mapping[str, np.ndarray]) -> None:
 
     Raises:
         ValueError: the file exists, its folder does not, another kind of file.
+        FileExistsError: something has come there meanwhile.
         ImportError: torch is needed and not installed.
     """
     path = Path(path)
     check_new(path)
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))  # what is under its own name is whole
-    beside = folder / path.name
-    try:
+    with made_whole(path) as beside:
         if path.suffix == ".npz":
             np.savez(beside, **state)  # pyright: ignore[reportArgumentType]
         else:
             torch = _torch(path)
             torch.save({name: torch.from_numpy(np.array(value)) for name, value in state.items()}, beside)
-        check_new(path)  # by now
-        os.rename(beside, path)
-    finally:
-        shutil.rmtree(folder)
 
 
 def check_new(path: Path) -> None:

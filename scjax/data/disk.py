@@ -215,12 +215,17 @@ class Stack(DiskMatrix):
             first = end - part.shape[0]
             if start < end and stop > first or not read and start == stop:
                 read.append(part[max(start - first, 0) : max(stop - first, 0)].astype(self.dtype, copy=False))
-        return stacked_arrays(read)
+        return self._stacked(read)
 
     def _take(self, wanted: np.ndarray) -> Any:
         of_parts = zip(self._parts, self._ends, np.split(wanted, np.searchsorted(wanted, self._ends[:-1])), strict=True)
         taken = [part[rows - (end - part.shape[0])] for part, end, rows in of_parts if len(rows)]
-        return stacked_arrays([part.astype(self.dtype, copy=False) for part in taken])
+        return self._stacked([part.astype(self.dtype, copy=False) for part in taken])
+
+    def _stacked(self, read: Sequence[Any]) -> Any:
+        """Sparse only where all parts are, also where a dense one has no cell among those that were asked for."""
+        rows = stacked_arrays(read)
+        return rows if self.is_sparse or isinstance(rows, np.ndarray) else rows.toarray()
 
 
 class Columns(DiskMatrix):

@@ -13,12 +13,8 @@ does not matter and need not be that of the file. Reads go around the process's 
 resident does not grow with what was read.
 """
 
-import glob
 import json
 import os
-import secrets
-import shutil
-import socket
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -26,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from scjax.data.disk import DiskMatrix
+from scjax.whole import made_whole
 
 __all__ = ["StoredCells", "store_cells"]
 
@@ -154,8 +151,7 @@ def store_cells(
 ) -> StoredCells:
     """The cells of `parts()`, float32 rows in order, kept in `folder`/`key`; one that is there already is opened.
 
-    It is complete or not there: the folder gets its name when it is whole. What a killed writer of the same key left is
-    removed by the next one, where its process is gone.
+    It is complete or not there (`scjax.whole`).
 
     Args:
         key: a name for what the cells are of: data, steps, statistics.
@@ -169,27 +165,16 @@ def store_cells(
     if whole.exists():
         return StoredCells(whole)
     whole.parent.mkdir(parents=True, exist_ok=True)
-    mine = f"{key}.part-{socket.gethostname()}-"
-    for left in whole.parent.glob(f"{glob.escape(mine)}*"):
-        process, _, rest = left.name.removeprefix(mine).partition(".")
-        # What is no number is of a host whose name begins like this one's.
-        if process.isdecimal() and rest and not _is_alive(int(process)):
-            shutil.rmtree(left, ignore_errors=True)
-    # The number of a process may come again: in a container that is started anew it does.
-    beside = whole.with_name(f"{mine}{os.getpid()}.{secrets.token_hex(4)}")
-    beside.mkdir()
     try:
-        _write(beside, shape, parts())
-        try:
-            beside.rename(whole)
-        except OSError:
-            if not whole.is_dir():  # another process was first, with the same cells
-                raise
+        with made_whole(whole) as beside:
+            beside.mkdir()
+            _write(beside, shape, parts())
+    except FileExistsError:
+        if not whole.is_dir():  # another process was first, with the same cells
+            raise
     except OSError as err:
         err.add_note(f"While writing the prepared cells, {shape[0]} x {shape[1]}, to {whole}.")
         raise
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
     return StoredCells(whole)
 
 
@@ -279,13 +264,3 @@ def _read_about(folder: Path) -> dict[str, Any]:
     if not known:
         raise ValueError(f"{folder} holds prepared cells of another format. Delete it; it is made again from the data.")
     return about
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):  # no process has a number as large as some names tell
-        return False
-    except PermissionError:
-        return True
-    return True

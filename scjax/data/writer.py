@@ -1,8 +1,5 @@
 """An AnnData file that grows by some cells at a time, .h5ad or .zarr; it has its name when it is whole."""
 
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +9,7 @@ import numpy as np
 
 from scjax.data.disk import stacked_arrays
 from scjax.data.spec import AnnData
+from scjax.whole import made_whole
 
 __all__ = ["check_new_file", "write_cells", "writing_cells"]
 
@@ -62,6 +60,7 @@ def write_cells(path: str | Path, adata: AnnData) -> None:
 
     Raises:
         ValueError: as `check_new_file`.
+        FileExistsError: something has come there meanwhile.
     """
     with _whole(Path(path), f"{adata.n_obs} rows x {adata.n_vars} genes") as beside:
         (adata.write_zarr if beside.suffix == ".zarr" else adata.write_h5ad)(beside)
@@ -69,19 +68,14 @@ def write_cells(path: str | Path, adata: AnnData) -> None:
 
 @contextmanager
 def _whole(path: Path, what: str) -> Iterator[Path]:
-    """Where to write what is then found at `path`, in a folder of its own: what is under its own name is whole."""
+    """Where to write what is then found at `path`."""
     check_new_file(path)
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
-        yield folder / path.name
-        if path.exists():
-            raise ValueError(f"out {path} exists by now and is not overwritten.")
-        os.rename(folder / path.name, path)
+        with made_whole(path) as beside:
+            yield beside
     except OSError as err:
         err.add_note(f"While writing {what} to {path}; nothing of it was left there.")
         raise
-    finally:
-        shutil.rmtree(folder)
 
 
 class _Cells:

@@ -856,7 +856,7 @@ def _obs(trained: TrainedCellSets, population: Population, controls: Controls, m
     import pandas as pd
 
     names = trained.names
-    drawn = {
+    drawn: dict[Any, Any] = {
         column: [getattr(names, role)[i] for i in controls.covariates[role][made.start]]
         for role, column in (("cell_type", names.cell_type_column), ("batch", names.batch_column))
         if role in controls.covariates
@@ -864,7 +864,7 @@ def _obs(trained: TrainedCellSets, population: Population, controls: Controls, m
     several = {"source": names.sources[controls.source]} if len(names.sources) > 1 else {}
     return pd.DataFrame(
         {
-            **covariate_columns(names.covariates, population.context, **several, **drawn),
+            **covariate_columns(names.covariates, population.context, **(several | drawn)),
             "condition": population.condition,
             "context": population.context,
             "set": made.set,

@@ -131,6 +131,8 @@ def test_stacked_and_aligned_matrices(cells):
     assert isinstance(both, Stack)
     np.testing.assert_array_equal(both[50:70], np.concatenate([x, x])[50:70])
     np.testing.assert_array_equal(both[np.array([70, 3, 59])], np.concatenate([x, x])[[70, 3, 59]])
+    for of_the_sparse_one_alone in (slice(3, 5), np.array([3, 4]), np.array([4, 44, 3])):
+        assert isinstance(both[of_the_sparse_one_alone], np.ndarray)
     twice = stacked([cells.X, Subset(cells.X, np.array([5, 1]))])
     np.testing.assert_array_equal(twice[58:].toarray(), x[[58, 59, 5, 1]])
     other = Columns(cells.X, np.array([2, -1, 0]))

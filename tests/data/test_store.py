@@ -7,7 +7,6 @@ import threading
 import numpy as np
 import pytest
 
-from scjax.data import store
 from scjax.data.store import StoredCells, store_cells
 
 
@@ -93,22 +92,6 @@ def test_an_error_leaves_nothing(tmp_path):
     with pytest.raises(ValueError, match="parts must make 50 cells; got 10"):
         store_cells(tmp_path, "key", x.shape, lambda: [x[:10]])
     assert list(tmp_path.iterdir()) == []
-
-
-def test_what_a_killed_writer_left_is_removed(tmp_path, monkeypatch):
-    """Of this machine and of a process that is gone; others may still be writing, also on a machine of a like name.
-
-    A process that has the number of one that was killed is not stopped by what that one left.
-    """
-    x = cells(True)
-    monkeypatch.setattr(store.socket, "gethostname", lambda: "here")
-    gone = {f"key.part-here-{number}.0a" for number in (2**22 + 5, 2**70)}
-    others = {f"key.part-here-{os.getppid()}.0a", "key.part-there-1.0a", f"key.part-here-1-{2**22 + 5}.0a"}
-    namesake = f"key.part-here-{os.getpid()}.0a"
-    for name in (*gone, namesake, *others):
-        (tmp_path / name).mkdir()
-    store_cells(tmp_path, "key", x.shape, parts_of(x))
-    assert {p.name for p in tmp_path.iterdir()} == {"key", namesake, *others}
 
 
 def test_the_second_of_two_writers_takes_the_first_ones(tmp_path):
