@@ -1,6 +1,7 @@
 """Where cells come from: files, and row access that does not tell how the rows are kept."""
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, get_args, runtime_checkable
@@ -314,7 +315,15 @@ def _concatenated(files: Sequence[tuple[Path, AnnData]]) -> AnnData:
             widths = {str(path): part.shape[1] for part, (path, _) in zip(parts, files, strict=True)}
             if len(set(widths.values())) > 1:
                 raise ValueError(f"files read as one must have obsm[{name!r}] of one width; got {widths}.")
-            return pd.concat(parts) if hasattr(parts[0], "columns") else stacked([as_sliceable(part) for part in parts])
+            tables = [hasattr(part, "columns") for part in parts]
+            if any(tables):
+                if not all(tables):
+                    raise ValueError(
+                        f"files read as one must have obsm[{name!r}] as a table in all of them or in none; "
+                        f"{files[tables.index(True)][0]} has a table, {files[tables.index(False)][0]} an array."
+                    )
+                return pd.concat(parts)
+            return stacked([as_sliceable(part) for part in parts])
         named = zip(parts, files, strict=True)
         return stacked([_aligned(part, tuple(map(str, a.var_names)), genes) for part, (_, a) in named])
 
@@ -365,9 +374,7 @@ def _check_container(path: Path) -> None:
 
 def _check_codecs(path: Path) -> None:
     """Refuses a store with pickles in it: numcodecs reads them, which runs code. Newer zarr refuses too."""
-    for document in path.rglob("*"):
-        if document.name not in (".zarray", ".zmetadata", "zarr.json"):
-            continue
+    for document in _metadata(path):
         try:
             tree = json.loads(document.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as err:
@@ -375,6 +382,18 @@ def _check_codecs(path: Path) -> None:
         for name in _codecs(tree):
             if str(name).rpartition(".")[2] == "pickle":
                 raise ValueError(f"{document} asks for the codec {name!r}: a pickle may run code, and is not read.")
+
+
+def _metadata(path: Path) -> Iterator[Path]:
+    """The documents of a store, also of what is linked into it, where zarr follows; each folder once."""
+    seen = set()
+    for folder, below, files in os.walk(path, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            below.clear()
+            continue
+        seen.add(real)
+        yield from (Path(folder) / name for name in files if name in (".zarray", ".zmetadata", "zarr.json"))
 
 
 def _codecs(tree: Any) -> Iterator[Any]:

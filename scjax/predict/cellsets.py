@@ -587,6 +587,8 @@ def _stand_ins(
 
 
 def _no_controls(trained: TrainedCellSets, contexts: Sequence[str] | None, source: str) -> dict[str, Controls]:
+    if contexts is not None:
+        at_least("the number of contexts", len(contexts), 1)
     known = sorted({p.context for p in trained.split.populations})
     number = trained.names.id_of("sources", source)
     zeros = Controls(

@@ -244,6 +244,16 @@ def test_files_of_other_widths_of_a_latent(tmp_path, backed):
         read_anndata(written(tmp_path, one=one, two=two), backed=backed)
 
 
+@pytest.mark.parametrize("backed", [False, True])
+def test_tables_beside_arrays_of_a_latent(tmp_path, backed):
+    one, two = screen([[1]], "a"), screen([[2]], "a")
+    one.obsm["z"], two.obsm["z"] = np.ones((1, 2)), pd.DataFrame({"x": [1.0], "y": [2.0]}, index=two.obs_names)
+    files = written(tmp_path, one=one, two=two)
+    for paths in (files, files[::-1]):
+        with pytest.raises(ValueError, match=r"obsm\['z'\] as a table .*two.h5ad has a table, .*one.h5ad an array"):
+            read_anndata(paths, backed=backed)
+
+
 def test_a_missing_column_names_its_source():
     bad = OTHER.copy()
     del bad.obs["plate"]

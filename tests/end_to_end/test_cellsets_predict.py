@@ -196,6 +196,8 @@ def test_a_run_without_controls_needs_none(cellset_trained):
     assert set(read_sources(trained, adata)) == {f"{kind} | {donor}" for kind in ("NK", "T") for donor in DONORS}
     with pytest.raises(ValueError, match="batch 'd9' is not among the 3 of the data"):
         predict(trained, adata, ["A"], contexts=["T | d9"])
+    with pytest.raises(ValueError, match="the number of contexts must be at least 1; got 0"):
+        predict(trained, adata, ["A"], contexts=[])
 
 
 DONORS = ("d1", "d2", "d3")

@@ -154,3 +154,9 @@ def test_zarr_with_pickled_words(tmp_path, mark, version):
         document.write_text(json.dumps({"zarr_format": 3, "node_type": "array", "codecs": [codec]}))
     with pytest.raises(ValueError, match="pickle"):
         read_anndata(tmp_path / "cells.zarr")
+    uns = tmp_path / "cells.zarr" / "uns"
+    (uns / "trap").rename(tmp_path / "elsewhere")
+    (uns / "trap").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (tmp_path / "elsewhere" / "round").symlink_to(uns, target_is_directory=True)  # and without end
+    with pytest.raises(ValueError, match="pickle"):
+        read_anndata(tmp_path / "cells.zarr")
