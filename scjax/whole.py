@@ -1,77 +1,99 @@
 """Files and folders that are there when they are whole, and replace nothing."""
 
 import errno
-import glob
 import os
+import re
 import secrets
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 __all__ = ["made_whole"]
-
-_UNDER_WAY: set[Path] = set()  # by this process
 
 
 @contextmanager
 def made_whole(path: str | Path) -> Iterator[Path]:
     """Where to make the file or folder that is found at `path` afterwards; after an error nothing is.
 
-    It is made in a hidden folder beside. What a maker that was killed left of the same name is removed by the next one,
-    where its process is gone. The folder of `path` must be there.
+    It is made in a hidden folder beside, which its maker holds a lock in. What a maker of the same name that was killed
+    left on this machine is removed by the next one; where there are no locks it stays. The folder of `path` must be
+    there.
 
     Raises:
         FileExistsError: something has come to `path` meanwhile; it stays as it is.
     """
     path = Path(path)
-    mine = f".{path.name}.part-{socket.gethostname()}-"
-    _remove_left(path.parent, mine)
-    # The number of a process may come again: in a container that is started anew it does.
-    beside = path.parent / f"{mine}{os.getpid()}.{secrets.token_hex(4)}"
-    _UNDER_WAY.add(beside)
+    mine = f".{path.name}.part-{socket.gethostname()[:20]}-"
+    for left in path.parent.glob(".*.part-*"):
+        if left.name.startswith(mine) and re.fullmatch("[0-9a-f]{8}", left.name.removeprefix(mine)):
+            _remove_unless_locked(left)
+    beside = path.parent / f"{mine}{secrets.token_hex(4)}"
+    beside.mkdir()
+    lock = None
     try:
-        beside.mkdir()
-        made = beside / path.name
-        yield made
-        _rename(made, path)
+        lock = _locked(beside)
+        yield beside / path.name
+        _put(beside / path.name, path)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-        _UNDER_WAY.discard(beside)
+        if lock is not None:
+            os.close(lock)
 
 
-def _remove_left(folder: Path, mine: str) -> None:
-    for left in folder.glob(f"{glob.escape(mine)}*"):
-        process, _, rest = left.name.removeprefix(mine).partition(".")
-        # What is no number is of a host whose name begins like this one's.
-        if process.isdecimal() and rest and left not in _UNDER_WAY and not _is_other(int(process)):
-            shutil.rmtree(left, ignore_errors=True)
+def _locked(folder: Path) -> int | None:
+    """A descriptor that locks the file `.lock` in the folder, which is there once it is locked; None without locks."""
+    file = os.open(folder / ".new", os.O_RDWR | os.O_CREAT, 0o644)
+    if not _lock(file):
+        os.close(file)
+        return None
+    os.rename(folder / ".new", folder / ".lock")
+    return file
 
 
-def _is_other(process: int) -> bool:
-    """Whether another process has this number."""
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):  # no process has a number as large as some names tell
-        return False
-    except PermissionError:
-        return True
-    return process != os.getpid()
-
-
-def _rename(made: Path, path: Path) -> None:
-    if not path.exists():
-        if made.is_dir():
-            # What comes at this very moment is replaced if it is an empty folder, and else an error.
-            os.rename(made, path)
-            return
+def _remove_unless_locked(folder: Path) -> None:
+    with suppress(OSError):  # it is gone by now, or not ours
+        file = os.open(folder / ".lock", os.O_RDWR)
         try:
-            os.link(made, path)  # `rename` would replace what comes at this very moment
+            if _lock(file):
+                shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(file)
+
+
+def _lock(file: int) -> bool:
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError):
+        return False
+    return True
+
+
+def _put(made: Path, path: Path) -> None:
+    """`rename` replaces a file, and an empty folder; of what comes at this very moment too."""
+    try:
+        if made.is_dir():
+            if not os.path.lexists(path):
+                os.rename(made, path)
+                return
+        elif _linked(made, path):
             return
-        except FileExistsError:
-            pass
-        except OSError:  # a file system without links
-            os.rename(made, path)
-            return
+    except OSError:
+        if not os.path.lexists(path):
+            raise
     raise FileExistsError(errno.EEXIST, "something came there meanwhile, and is not overwritten", str(path))
+
+
+def _linked(made: Path, path: Path) -> bool:
+    try:
+        os.link(made, path)
+    except FileExistsError:
+        return os.path.exists(path) and os.path.samefile(made, path)  # NFS may tell of our own link
+    except OSError:  # a file system without links
+        with open(path, "xb"):
+            pass
+        os.rename(made, path)
+    return True

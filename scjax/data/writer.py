@@ -45,6 +45,10 @@ def writing_cells(
 
     Args:
         obsm: widths by name; float32, like X and the layers.
+
+    Raises:
+        ValueError: as `check_new_file`.
+        FileExistsError: something has come there meanwhile.
     """
     with _whole(Path(path), f"{n_cells} cells x {len(var_names)} genes") as beside:
         cells = _Cells(beside, beside.suffix == ".zarr", n_cells, list(var_names), dict(obsm), list(layers))

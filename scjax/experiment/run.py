@@ -6,7 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -417,8 +417,13 @@ def record_failure(workdir: Path, error: NonFiniteError) -> None:
 
 def _write_whole(path: Path, text: str) -> None:
     part = path.with_name(path.name + _PART)
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    except OSError:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
 
 
 def data_digest(adata: AnnData, spec: DataSpec, labels: Iterable[bytes]) -> str:

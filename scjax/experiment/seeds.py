@@ -96,7 +96,8 @@ def train_tasks(
 
     def recorded(number: int, error: NonFiniteError) -> None:
         record_failure(workdirs[number], error)
-        say(f"seed {seeds[number]} stopped, the others go on without it: {error}")
+        notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
+        say(f"seed {seeds[number]} stopped, the others go on without it: {error}{notes}")
 
     with ExitStack() as stack:
         writers = [stack.enter_context(one.writer()) for one in begun]

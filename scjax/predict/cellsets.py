@@ -866,7 +866,8 @@ def _obs(trained: TrainedCellSets, population: Population, controls: Controls, m
     several = {"source": names.sources[controls.source]} if len(names.sources) > 1 else {}
     return pd.DataFrame(
         {
-            **covariate_columns(names.covariates, population.context, **(several | drawn)),
+            **several,
+            **covariate_columns(names.covariates, population.context, **drawn),
             "condition": population.condition,
             "context": population.context,
             "set": made.set,

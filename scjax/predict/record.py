@@ -25,7 +25,7 @@ def predicting_params(state: dict[str, Any]) -> Params:
     return state.get("ema", state["params"])
 
 
-def covariate_columns(covariates: Sequence[str], context: str, **more: Any) -> dict[str, Any]:
+def covariate_columns(covariates: Sequence[str], context: str, /, **more: Any) -> dict[str, Any]:
     """Columns of obs for the cells of a context, named as in the data; what a prediction has under that name itself
     (condition, context, set, source_cell, seed) does not replace it: it is `covariate_<name>` then.
 

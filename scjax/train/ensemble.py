@@ -136,8 +136,8 @@ def fit_together(
         patience: a run that is out of it rests, while others go on; it costs what it did.
 
     Returns:
-        For each run its state. A run with a number that is not finite (loss, term, gradient, validation score) stops
-        there with its `error`, and takes nothing from the others.
+        For each run its state. A run with a number that is not finite (loss, term, gradient, validation score, or a
+        parameter that a hook is to save) stops there with its `error`, and takes nothing from the others.
 
     Raises:
         ValueError: as `fit`, and where the numbers of params, batches, keys, states, hooks or scores differ.
@@ -179,14 +179,15 @@ def fit_together(
     start = min(run.start for run in runs if run.is_on)
     with ExitStack() as stack:
         terminated = stack.enter_context(sigterm())  # until the hooks have ended
-        for run in runs:
-            for hook in run.hooks if run.is_on else ():
+        begun = [run for run in runs if run.is_on]
+        for run in begun:
+            for hook in run.hooks:
                 stack.callback(hook.on_end)
                 hook.on_start(run.start, n_steps)
         for hook in group_hooks:
             stack.callback(hook.on_end)
             hook.on_start(start, n_steps)
-        told = [*group_hooks, *(hook for run in runs if run.is_on for hook in run.hooks)]
+        told = [*group_hooks, *(hook for run in begun for hook in run.hooks)]
         together_at = lambda n: stacked([batch_at(n) for batch_at in batches])  # noqa: E731
         chunks = chunks_of(stream or in_order, together_at, start, n_steps, scan_steps)
         stack.callback(chunks.close)
@@ -215,10 +216,10 @@ def fit_together(
         log.flush(together, n_pending=0)
         for run in runs:
             run.save(together)
-        for hook in told:
+        for hook in (*group_hooks, *(hook for run in begun if run.error is None for hook in run.hooks)):
             hook.on_finish()
-        if terminated():
-            raise Interrupted(max(int(run.of(together).step) for run in runs), newest_saved(told))
+    if terminated():
+        raise Interrupted(max(int(run.of(together).step) for run in runs), newest_saved(told))
     return [run.member(together) for run in runs]
 
 

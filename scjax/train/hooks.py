@@ -48,8 +48,8 @@ class Hook:
         """Every `checkpoint_every` steps, at the end, at SIGTERM. The next step takes the arrays: copy to keep."""
 
     def on_finish(self) -> None:
-        """After the last step and what belongs to it, also at SIGTERM, not after an error: complete what is under way.
-        The run counts as saved when this has returned; what it raises ends the run, on all of its processes.
+        """After the last step and what belongs to it, also at SIGTERM, not after an error of this run: complete what is
+        under way. The run counts as saved when this has returned; what it raises ends the run, on all its processes.
         """
 
     def on_end(self) -> None:

@@ -168,8 +168,9 @@ def fit(
         save(state)
         hosts.together(lambda: [hook.on_finish() for hook in hooks], "The end of a run")
         terminated.ask()  # of a signal since the last call
-        if terminated():
-            raise Interrupted(int(state.step), newest_saved(hooks))
+    if terminated():
+        raise Interrupted(int(state.step), newest_saved(hooks))
+    terminated.pass_on()
     return state
 
 
@@ -208,6 +209,8 @@ class Runner:
         self, state: TrainState, chunk: Any, first: int, stop: int, waited: float, *more: Any
     ) -> tuple[TrainState, Any]:
         args = hosts.together(partial(self._ready, state, chunk, first, stop, waited, *more), "A batch")
+        if self.compiled is None:  # in which GPUs of several processes wait for each other
+            hosts.together(partial(self._compile, *args), "Compiling")
         inner, metrics = self.compiled(*args)  # pyright: ignore[reportOptionalCall]
         return inner._replace(best=state.best), metrics
 
@@ -222,13 +225,13 @@ class Runner:
         _check_same_batch(self.example, chunk, first)
         if self.mesh is not None:
             chunk = meshes.place(chunk, self.mesh)
-        args = (inner, chunk, jnp.int32(first), jnp.int32(n), *more)
-        if self.compiled is None:
-            began = time.perf_counter()
-            self.compiled = self._jitted(inner).lower(*args).compile()
-            for hook in self.hooks:
-                hook.on_compiled(time.perf_counter() - began)
-        return args
+        return inner, chunk, jnp.int32(first), jnp.int32(n), *more
+
+    def _compile(self, state: TrainState, *args: Any) -> None:
+        began = time.perf_counter()
+        self.compiled = self._jitted(state).lower(state, *args).compile()
+        for hook in self.hooks:
+            hook.on_compiled(time.perf_counter() - began)
 
     def _jitted(self, state: TrainState) -> Any:
         if self.mesh is None:
@@ -377,6 +380,11 @@ class _Agreed:
     def __call__(self) -> bool:
         return self.came() if jax.process_count() == 1 else self.agreed
 
+    def pass_on(self) -> None:
+        """A signal that came too late to be agreed on does what it would do outside."""
+        if self.came():
+            signal.raise_signal(signal.SIGTERM)
+
 
 # -- several devices, several processes
 
@@ -403,7 +411,9 @@ def _laid_out(state: TrainState, where: Any) -> TrainState:
 def _first(
     params: Params, tx: optax.GradientTransformation, key: PRNGKeyArray, parts: Mapping[str, bool], where: Any
 ) -> TrainState:
-    """The state before the first step, made where it is to lie: no device ever holds more than its part."""
+    """The state before the first step; averages and the optimiser's arrays are made where they are to lie, so that no
+    device ever holds more than its part of them.
+    """
     if where is None:
         return init_state(params, tx, key, **parts)
     params, key = jax.tree.map(meshes.put, (params, key), (where.params, where.key))

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 import regression
-from test_loop import Record
+from test_loop import Record, Terminated
 
 from scjax.train.ensemble import fit_together
 from scjax.train.loop import Interrupted, NonFiniteError, fit
@@ -101,6 +101,7 @@ def test_a_number_that_is_not_finite_stops_its_run_alone(runs, at):
     assert records[1].of("checkpoint") == ([(10,)] if at > 10 else [])
     assert [step for step, _ in records[1].of("log")] == [step for step in (4, 8, 12) if step <= at]
     assert records[1].told[-1] == ("end",)
+    assert [("finish",) in record.told for record in records] == [True, False, True]
 
 
 def test_parameters_that_cannot_be_saved_stop_their_run_alone(runs):
@@ -168,6 +169,12 @@ def test_sigterm_saves_every_run():
         together(batches=[batches, *BATCHES[1:]], hooks=[[record] for record in records])
     assert caught.value.step == 5
     assert [record.of("checkpoint") for record in records] == [[(5,)]] * N_RUNS
+
+
+def test_sigterm_at_the_very_end_is_not_forgotten():
+    with pytest.raises(Interrupted) as caught:
+        together(group_hooks=[Terminated("on_end")])
+    assert caught.value.step == 20
 
 
 def test_one_compilation():
