@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "scjax"
-WORDS = {"types", "check", "config", "batches", "mesh", "hosts"}
+WORDS = {"types", "check", "config", "batches", "mesh", "hosts", "whole"}
 MATHEMATICS = {"nn", "kernels", "losses", "processes"}
 SERVICES = {"checkpoint", "metrics"}
 THIRD = {"train", "convert", "predict"}
