@@ -120,7 +120,7 @@ class CheckpointWriter:
                     **_alone(),
                 ),
             )
-            stack.callback(self._manager.close)
+            stack.callback(self._close_manager)
             self._stack = stack.pop_all()
 
     def save(self, step: int, arrays: Mapping[str, Any]) -> None:
@@ -180,6 +180,10 @@ class CheckpointWriter:
             self._open = False
             with self._stack:
                 self.wait()
+
+    def _close_manager(self) -> None:
+        with self._writing():  # where several writes failed, it is told of one more of them
+            self._manager.close()
 
     def __enter__(self) -> "CheckpointWriter":
         return self

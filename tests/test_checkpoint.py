@@ -355,3 +355,26 @@ def test_provenance_names_versions_and_source():
 def test_importing_is_light():
     code = "import sys, scjax.checkpoint; sys.exit('orbax' in sys.modules or 'optax' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=60, check=True)
+
+
+def test_an_error_that_is_told_again_at_the_end(tmp_path, monkeypatch):
+    """Where several writes fail, orbax keeps one for its own end; that is told in the same words."""
+    writer = CheckpointWriter(tmp_path, about={"run": "a"})
+    writer.save(3, {"x": np.ones(3)})
+    writer.wait()
+    close = writer._manager.close
+
+    def full():
+        raise OSError(28, "No space left on device")
+
+    def closes_and_is_full():
+        close()
+        full()
+
+    monkeypatch.setattr(writer._manager, "wait_until_finished", full)
+    monkeypatch.setattr(writer._manager, "close", closes_and_is_full)
+    told = r"could not be written into .*: No space left on device. The newest complete one is step 3\."
+    with pytest.raises(OSError, match=told):
+        writer.close()
+    with CheckpointWriter(tmp_path, about={"run": "a"}, resume_from=3):  # its lock is gone
+        pass
