@@ -23,22 +23,29 @@ _QUICKLY = "JAX_DISABLE_MOST_OPTIMIZATIONS"
 _AS_ASKED = os.environ.get(_QUICKLY)  # "0" compiles everything as users do
 # What compares numbers with others' is compiled as it is for users; so is what runs longer than it compiles.
 # The tests of training compare bits of programs that are compiled apart.
-_OPTIMISED = ("tests/parity", "tests/metrics", "tests/processes", "tests/train")
+_OPTIMISED = ("tests/parity", "tests/metrics", "tests/processes", "tests/train", "notebooks/01", "notebooks/04")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup(item):
-    """Most tests compile tiny programs for longer than they run them: LLVM's optimisations would double that.
+class _Optimisation:
+    """Registered, as the hooks of a conftest.py do not hear of the notebooks beside it."""
 
-    XLA's own passes are the same. Programs that a test starts inherit its setting. Of a file all tests have one.
-    """
-    place = item.path.relative_to(ROOT).as_posix()
-    optimised = place.startswith(_OPTIMISED) or item.get_closest_marker("optimised") is not None
-    setting = _AS_ASKED or str(int(not optimised))
-    if setting != os.environ.get(_QUICKLY):
-        jax.clear_caches()  # of functions that other files have compiled the other way
-        os.environ[_QUICKLY] = setting
-        jax.config.update("jax_disable_most_optimizations", setting != "0")
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self, item):
+        """Most tests compile tiny programs for longer than they run them: LLVM's optimisations would double that.
+
+        XLA's own passes are the same. Programs that a test starts inherit its setting. Of a file all tests have one.
+        """
+        place = item.path.relative_to(ROOT).as_posix()
+        optimised = place.startswith(_OPTIMISED) or item.get_closest_marker("optimised") is not None
+        setting = _AS_ASKED or str(int(not optimised))
+        if setting != os.environ.get(_QUICKLY):
+            jax.clear_caches()  # of functions that other files have compiled the other way
+            os.environ[_QUICKLY] = setting
+            jax.config.update("jax_disable_most_optimizations", setting != "0")
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(_Optimisation())
 
 
 _MAPPINGS_OF_FILES, _MAPPINGS_OF_TESTS = 5_000, 40_000  # of memory; Linux allows a process 65,530

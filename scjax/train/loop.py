@@ -411,12 +411,11 @@ def _laid_out(state: TrainState, where: Any) -> TrainState:
 def _first(
     params: Params, tx: optax.GradientTransformation, key: PRNGKeyArray, parts: Mapping[str, bool], where: Any
 ) -> TrainState:
-    """The state before the first step; averages and the optimiser's arrays are made where they are to lie, so that no
-    device ever holds more than its part of them.
+    """The state before the first step, by one program; averages and the optimiser's arrays are made where they are to
+    lie, so that no device ever holds more than its part of them.
     """
-    if where is None:
-        return init_state(params, tx, key, **parts)
-    params, key = jax.tree.map(meshes.put, (params, key), (where.params, where.key))
+    if where is not None:
+        params, key = jax.tree.map(meshes.put, (params, key), (where.params, where.key))
     return jax.jit(lambda params, key: init_state(params, tx, key, **parts), out_shardings=where)(params, key)
 
 
