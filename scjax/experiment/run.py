@@ -324,9 +324,7 @@ def begin(
     """
     tx = make_optimizer(experiment.optimizer, experiment.n_steps)
     key_init, key_train = jax.random.split(jax.random.key(experiment.seed))
-    if not (resume and checkpoint.list_steps(workdir / "checkpoints")):
-        params, state = start(key_init), None
-    else:
+    if resume and checkpoint.list_steps(workdir / "checkpoints"):
         params = jax.eval_shape(start, key_init)
         ema, best = experiment.ema_decay is not None, task.validate is not None
         template = state_form(params, tx, key_train, ema=ema, best=best)
@@ -334,6 +332,8 @@ def begin(
             template = meshes.template(template, mesh, shard_above)
         saved = checkpoint.read(workdir / "checkpoints", step, like={"state": template})
         step, state = saved.step, saved.arrays["state"]
+    else:
+        params, state = start(key_init), None
     if resume and hosts.is_first():
         (workdir / FAILED).unlink(missing_ok=True)  # it failed; whether it does now will be seen
 
